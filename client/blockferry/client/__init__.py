@@ -1,0 +1,1 @@
+"""The source site: plans, syncs, and the command line."""

@@ -1,0 +1,151 @@
+"""`blockferry`: arguments, exit statuses, and errors in one line.
+
+Exit status: 0 done; 1 failed; 2 usage; 3 the two sides differ; 130 or 143 interrupted and cleanly aborted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import uvloop
+from blockferry.client.cli.render import Console
+from blockferry.common.errors import BlockferryError, Code, from_os_error
+from blockferry.common.regions import check_region_size
+
+Command = Callable[[argparse.Namespace, Console], Awaitable[int]]
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `64K`, `1M`, `100`; K, M, G and T are binary."""
+    number, unit = text[:-1], text[-1:].upper()
+    if unit not in _UNITS:
+        number, unit = text, ""
+    if not (number.isascii() and number.isdigit()) or len(number) > 15:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write a number with K, M, G or T")
+    return int(number) * _UNITS[unit]
+
+
+def _parse_region_size(text: str) -> int:
+    try:
+        return check_region_size(parse_size(text))
+    except BlockferryError as error:
+        raise argparse.ArgumentTypeError(error.line()) from error
+
+
+def _parse_rate(text: str) -> int:
+    rate = parse_size(text)
+    if rate < 1:
+        raise argparse.ArgumentTypeError("a bandwidth limit is at least 1 byte per second")
+    return rate
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
+    common.add_argument("--quiet", action="store_true", help="no progress and no summary")
+    common.add_argument(
+        "--insecure", action="store_true", help="allow plaintext to servers that are not on this machine"
+    )
+
+    parser = argparse.ArgumentParser(prog="blockferry", description="Keep block volumes alive at a second site.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(
+        group: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help: str
+    ) -> argparse.ArgumentParser:
+        return group.add_parser(name, parents=[common], help=help, description=help[0].upper() + help[1:] + ".")
+
+    planned = add(commands, "plan", "show what a sync would read, send and unmap, without doing it")
+    synced = add(commands, "sync", "make a replica equal to a source and commit that as its next generation")
+    for one in (planned, synced):
+        one.add_argument("source", metavar="SOURCE", help="raw image, or grpc://HOST:PORT/VOLUME[@NUMBER]")
+        one.add_argument("destination", metavar="DEST", help="grpc://HOST:PORT/VOLUME")
+        one.add_argument(
+            "--region-size", type=_parse_region_size, default=0, metavar="SIZE",
+            help="for a replica that does not exist yet: 64K to 16M, a power of two (default 1M)",
+        )  # fmt: skip
+        one.add_argument("--grow", action="store_true", help="enlarge the replica if the source is larger")
+    synced.add_argument("--bwlimit", type=_parse_rate, default=0, metavar="RATE", help="bytes per second, such as 100M")
+    synced.add_argument("--live", action="store_true", help="accept a source that is mounted or open for writing")
+    synced.add_argument(
+        "--state-dir", type=Path, metavar="DIR",
+        help="where commit ids are kept (default $XDG_STATE_HOME/blockferry, else ~/.local/state/blockferry)",
+    )  # fmt: skip
+
+    verified = add(commands, "verify", "compare any two volumes or replicas; exit status 3 if they differ")
+    verified.add_argument("a", metavar="A")
+    verified.add_argument("b", metavar="B")
+
+    volume = commands.add_parser("volume", help="look at volumes").add_subparsers(
+        dest="subcommand", required=True, metavar="COMMAND"
+    )
+    shown = add(volume, "show", "show what is known of a volume: size, allocation and how that is known")
+    shown.add_argument("uri", metavar="URI")
+
+    replica = commands.add_parser("replica", help="look at replicas").add_subparsers(
+        dest="subcommand", required=True, metavar="COMMAND"
+    )
+    add(replica, "list", "list the replicas of a server").add_argument("address", metavar="ADDRESS")
+    add(replica, "show", "show one replica").add_argument("address", metavar="ADDRESS/VOLUME")
+    return parser
+
+
+def _find(arguments: argparse.Namespace) -> Command:
+    from blockferry.client.cli import replicate
+
+    name = "_".join(filter(None, (arguments.command, getattr(arguments, "subcommand", None))))
+    return replicate.COMMANDS[name]
+
+
+async def _run(command: Command, arguments: argparse.Namespace, console: Console) -> int:
+    """Run a command; a signal cancels it, so that whatever it holds is given back."""
+    task = asyncio.ensure_future(command(arguments, console))
+    received: list[int] = []
+
+    def interrupt(number: int) -> None:
+        received.append(number)
+        task.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, interrupt, number)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if not received:
+            raise
+        name = signal.Signals(received[0]).name
+        console.error(
+            BlockferryError(
+                Code.INTERNAL, f"interrupted by {name}", cause="nothing was committed", next="run it again to continue"
+            )
+        )
+        return 128 + received[0]
+    except OSError as error:
+        raise from_os_error(error, f"{arguments.command} failed") from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the console script."""
+    arguments = build_parser().parse_args(argv)
+    console = Console(json=arguments.json, quiet=arguments.quiet)
+    # gRPC's own complaints would come between a progress display and the one line an error is.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    try:
+        return uvloop.run(_run(_find(arguments), arguments, console))
+    except BlockferryError as error:
+        console.error(error)
+        return 1
+    except BrokenPipeError:
+        # Whoever read our output has gone; there is nobody left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -1,0 +1,124 @@
+"""What people see: progress, summaries and errors. stdout carries results only; everything else goes to stderr."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+
+from blockferry.client.report import Phase, Progress
+from blockferry.common.errors import BlockferryError
+
+REFRESH_SECONDS = 0.1
+PLAIN_SECONDS = 10.0
+"""Without a terminal a line of progress every this often: silence worries people, and a log should not be flooded."""
+
+
+def human_bytes(count: float) -> str:
+    """Bytes with a binary unit: `1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def human_seconds(seconds: float) -> str:
+    """Seconds as `0:42` or `3:05:07`."""
+    whole = int(seconds + 0.5)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+class Console:
+    """Where a command's words go. With `json` stdout carries one object; `quiet` leaves only results and errors."""
+
+    def __init__(self, *, json: bool, quiet: bool) -> None:
+        self.json = json
+        self.quiet = quiet
+
+    def result(self, report: Mapping[str, object], lines: Sequence[str]) -> None:
+        """Print a result: the report as JSON, or its lines for people."""
+        if self.json:
+            print(json.dumps(report), flush=True)
+        elif not self.quiet:
+            print("\n".join(lines), flush=True)
+
+    def error(self, error: BlockferryError) -> None:
+        """One line on stderr; with `json` also the error object on stdout."""
+        if self.json:
+            print(json.dumps({"error": error.fields()}), flush=True)
+        print(f"blockferry: {error.line()}", file=sys.stderr, flush=True)
+
+    @contextlib.asynccontextmanager
+    async def showing(self, progress: Progress) -> AsyncIterator[None]:
+        """Show progress while the body runs."""
+        if self.quiet:
+            yield
+            return
+        show = _show_bar if sys.stderr.isatty() else _show_lines
+        task = asyncio.create_task(show(progress), name="progress")
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+async def _show_bar(progress: Progress) -> None:
+    from rich.console import Console as Terminal
+    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    bars = Bars(
+        TextColumn("{task.description:>9}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TextColumn("time left"),
+        TimeRemainingColumn(),
+        console=Terminal(file=sys.stderr),
+    )
+    shown: list[tuple[Phase, TaskID]] = []
+
+    def update() -> None:
+        for phase in progress.phases[len(shown) :]:
+            shown.append((phase, bars.add_task(phase.name, total=phase.total or None)))
+        for phase, task in shown:
+            # A phase without bytes to count (the map, the commit) is a moving bar, and full when it is over.
+            total = phase.total or (1 if phase.over else None)
+            bars.update(task, total=total, completed=phase.done or int(phase.over))
+
+    with bars:
+        try:
+            while True:
+                update()
+                await asyncio.sleep(REFRESH_SECONDS)
+        finally:
+            update()
+
+
+async def _show_lines(progress: Progress) -> None:
+    known = 0
+    began = last = time.monotonic()
+    while True:
+        await asyncio.sleep(REFRESH_SECONDS)
+        now = time.monotonic()
+        if len(progress.phases) != known:
+            known, began, last = len(progress.phases), now, now
+            print(f"{progress.phases[-1].name} ...", file=sys.stderr, flush=True)
+        elif progress.phases and now - last >= PLAIN_SECONDS:
+            last = now
+            print(_line(progress.phases[-1], now - began), file=sys.stderr, flush=True)
+
+
+def _line(phase: Phase, seconds: float) -> str:
+    rate = phase.done / seconds
+    left = human_seconds((phase.total - phase.done) / rate) if rate > 0 and phase.total else "unknown"
+    return (
+        f"{phase.name}: {human_bytes(phase.done)} of {human_bytes(phase.total)}, "
+        f"{human_bytes(rate)}/s, time left {left}"
+    )

@@ -1,0 +1,251 @@
+"""The commands of replication: plan, sync, verify, volume show, replica list and show."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+
+from blockferry.client.cli.main import Command
+from blockferry.client.cli.render import Console, human_bytes, human_seconds
+from blockferry.client.plan import Plan
+from blockferry.client.report import SCHEMA, Progress, plan_report
+from blockferry.client.sync import SyncOptions, plan, sync
+from blockferry.client.verify import verify
+from blockferry.common.address import Address
+from blockferry.common.regions import DEFAULT_REGION_SIZE
+from blockferry.common.rpc import Connection
+from blockferry.common.volumes import Volume, open_volume
+from blockferry.v1 import replicas_pb2 as pb
+
+SHOWN_RANGES = 20
+"""Differing ranges listed for people; `--json` has them all."""
+
+
+def _options(arguments: argparse.Namespace) -> SyncOptions:
+    return SyncOptions(
+        region_size=arguments.region_size,
+        bwlimit=getattr(arguments, "bwlimit", 0),
+        grow=arguments.grow,
+        live=getattr(arguments, "live", False),
+        insecure=arguments.insecure,
+        state_directory=getattr(arguments, "state_dir", None),
+    )
+
+
+@contextlib.asynccontextmanager
+async def _opened(uri: str, arguments: argparse.Namespace) -> AsyncIterator[Volume]:
+    volume = await open_volume(uri, insecure=arguments.insecure)
+    try:
+        yield volume
+    finally:
+        await volume.close()
+
+
+@contextlib.asynccontextmanager
+async def _connected(arguments: argparse.Namespace) -> AsyncIterator[Connection]:
+    connection = Connection(Address.parse(arguments.address), insecure=arguments.insecure)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+# --- plan and sync ----------------------------------------------------------------------------------------------
+
+
+async def _plan(arguments: argparse.Namespace, console: Console) -> int:
+    destination = Address.parse(arguments.destination).require_volume()
+    async with _opened(arguments.source, arguments) as source:
+        decided = await plan(source, destination, _options(arguments))
+    report = plan_report(arguments.source, arguments.destination, decided)
+    console.result(report, [f"{arguments.source} -> {arguments.destination}", *_plan_lines(decided)])
+    return 0
+
+
+def _plan_lines(decided: Plan) -> list[str]:
+    size = decided.geometry
+    rows = [
+        ("skip", decided.skip_count, "both sides are zero: nothing is read or sent"),
+        ("unmap", len(decided.unmap), "only the destination holds data: it is deallocated"),
+        ("send", len(decided.send), "only the source holds data: its non-zero blocks are sent"),
+        ("compare", len(decided.compare), "both hold data: digests decide, differing blocks are sent"),
+    ]
+    lines = [f"  {name:<8}{count:>10} regions  {why}" for name, count, why in rows]
+    lines.append(
+        f"  volume {human_bytes(size.size)} in regions of {human_bytes(size.region_size)}; "
+        f"source map {decided.source_map.value}, destination map {decided.destination_map.value}"
+    )
+    lines.append(
+        f"  to read {human_bytes(decided.bytes_to_read)}, "
+        f"to send between nothing and {human_bytes(decided.bytes_to_read)}"
+    )
+    return lines
+
+
+async def _sync(arguments: argparse.Namespace, console: Console) -> int:
+    destination = Address.parse(arguments.destination).require_volume()
+    progress = Progress()
+    async with _opened(arguments.source, arguments) as source, console.showing(progress):
+        report = await sync(source, destination, _options(arguments), progress)
+    console.result(report, _sync_lines(report))
+    return 0
+
+
+def _sync_lines(report: dict[str, object]) -> list[str]:
+    regions, results, moved, seconds = (report[name] for name in ("regions", "results", "bytes", "seconds"))
+    assert isinstance(regions, dict) and isinstance(results, dict)
+    assert isinstance(moved, dict) and isinstance(seconds, dict)
+    return [
+        f"{report['source']} -> {report['destination']}: generation {report['generation']} committed",
+        f"  regions    {regions['skip']} skipped, {regions['unmap']} unmapped, "
+        f"{regions['send']} to send, {regions['compare']} to compare",
+        f"  found      {results['zero']} zero, {results['equal']} equal, {results['changed']} changed",
+        f"  data sent  {human_bytes(moved['data_sent'])} ({human_bytes(moved['wire_sent'])} on the wire); "
+        f"unmapped {human_bytes(moved['unmapped'])}",
+        f"  read       {human_bytes(moved['source_read'])} at the source, "
+        f"{human_bytes(moved['destination_read'])} at the destination",
+        f"  took       {seconds['total']:.1f} s",
+    ]
+
+
+# --- verify -----------------------------------------------------------------------------------------------------
+
+
+async def _verify(arguments: argparse.Namespace, console: Console) -> int:
+    progress = Progress()
+    async with _opened(arguments.a, arguments) as left, _opened(arguments.b, arguments) as right:
+        async with console.showing(progress):
+            found = await verify(left, right, progress.start("verify"))
+            progress.finish()
+        report = found.report(left, right)
+    lines = [
+        f"{arguments.a} and {arguments.b} {'differ' if found.ranges else 'are equal'}: "
+        f"{human_bytes(found.bytes_compared)} compared, {human_bytes(found.bytes_skipped)} proven zero on both sides"
+    ]
+    lines += [f"  differs at {offset}, {length} bytes" for offset, length in found.ranges[:SHOWN_RANGES]]
+    if len(found.ranges) > SHOWN_RANGES:
+        lines.append(f"  and {len(found.ranges) - SHOWN_RANGES} more ranges; --json lists them all")
+    console.result(report, lines)
+    return 3 if found.ranges else 0
+
+
+# --- looking ----------------------------------------------------------------------------------------------------
+
+
+async def _volume_show(arguments: argparse.Namespace, console: Console) -> int:
+    async with _opened(arguments.uri, arguments) as volume:
+        found = await volume.allocation(DEFAULT_REGION_SIZE)
+        writers = await volume.writers()
+        report: dict[str, object] = {
+            "schema": SCHEMA,
+            "uri": volume.uri,
+            "size": volume.size,
+            "block_size": volume.block_size,
+            "region_size": DEFAULT_REGION_SIZE,
+            "regions": found.geometry.count,
+            "allocated_regions": len(found.regions),
+            "allocated_bytes": found.allocated_bytes,
+            "runs": sum(1 for _ in found.runs()),
+            "map": found.provenance.value,
+            "zeroing": volume.zeroing,
+            "snapshot_id": volume.snapshot_id,
+            "writers": writers,
+        }
+    share = found.allocated_bytes / volume.size
+    console.result(
+        report,
+        [
+            arguments.uri,
+            f"  size       {human_bytes(volume.size)} ({volume.size} bytes), blocks of {volume.block_size}",
+            f"  allocated  {human_bytes(found.allocated_bytes)} ({share:.0%}) in {report['runs']} runs, "
+            f"map {found.provenance.value}",
+            f"  zeroing    {volume.zeroing}",
+            f"  in use by  {', '.join(writers) or 'nobody who writes'}",
+        ],
+    )
+    return 0
+
+
+def _replica_fields(replica: pb.Replica) -> dict[str, object]:
+    return {
+        "volume": replica.volume,
+        "pool": replica.pool,
+        "uuid": replica.replica_uuid.hex(),
+        "state": pb.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_"),
+        "size": replica.size,
+        "region_size": replica.region_size,
+        "generation": replica.generation,
+        "commit_id": replica.commit_id.hex() or None,
+        "committed_at": _time(replica.committed_at_us),
+        "bytes_held": replica.bytes_held,
+        "path": replica.path or None,
+        "unsafe": replica.unsafe,
+        "session_client": replica.session_client or None,
+    }
+
+
+def _time(microseconds: int) -> str | None:
+    """ISO 8601 in UTC, or None for never."""
+    return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="seconds") if microseconds else None
+
+
+def _age(microseconds: int) -> str:
+    if not microseconds:
+        return "never"
+    return human_seconds(max(0.0, datetime.now(UTC).timestamp() - microseconds / 1e6)) + " ago"
+
+
+async def _replica_list(arguments: argparse.Namespace, console: Console) -> int:
+    async with _connected(arguments) as connection:
+        response = await connection.call("Replicas/ListReplicas", pb.ListReplicasRequest(), pb.ListReplicasResponse)
+    rows = [("VOLUME", "STATE", "GENERATION", "COMMITTED", "SIZE", "HELD")]
+    rows += [
+        (
+            replica.volume,
+            pb.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_"),
+            str(replica.generation or "-"),
+            _age(replica.committed_at_us),
+            human_bytes(replica.size),
+            human_bytes(replica.bytes_held),
+        )
+        for replica in response.replicas
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    report = {"schema": SCHEMA, "replicas": [_replica_fields(replica) for replica in response.replicas]}
+    console.result(report, lines if response.replicas else [f"{arguments.address} holds no replicas"])
+    return 0
+
+
+async def _replica_show(arguments: argparse.Namespace, console: Console) -> int:
+    async with _connected(arguments) as connection:
+        volume = connection.address.require_volume().volume
+        response = await connection.call(
+            "Replicas/GetReplica", pb.GetReplicaRequest(volume=volume), pb.GetReplicaResponse
+        )
+    replica = response.replica
+    fields = {"schema": SCHEMA, **_replica_fields(replica)}
+    committed = f"{_time(replica.committed_at_us)} ({_age(replica.committed_at_us)})" if replica.generation else "never"
+    lines = [
+        f"{replica.volume}: {fields['state']}" + (" (UNSAFE: being overwritten in place)" if replica.unsafe else ""),
+        f"  generation  {replica.generation or 'none'}, commit {fields['commit_id'] or '-'}",
+        f"  committed   {committed}",
+        f"  size        {human_bytes(replica.size)} in regions of {human_bytes(replica.region_size)}; "
+        f"holds {human_bytes(replica.bytes_held)}",
+        f"  image       {replica.path or 'none'}",
+        f"  session     {replica.session_client or 'none'}",
+    ]
+    console.result(fields, lines)
+    return 0
+
+
+COMMANDS: dict[str, Command] = {
+    "plan": _plan,
+    "sync": _sync,
+    "verify": _verify,
+    "volume_show": _volume_show,
+    "replica_list": _replica_list,
+    "replica_show": _replica_show,
+}

@@ -1,0 +1,70 @@
+"""Commit ids at the source: minted here, and durable here before the destination is asked for the commit.
+
+One small file per replica. If the answer to a commit is lost, the id tells the next run whether it happened.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import msgspec
+from blockferry.common.durable import fsync_directory, write_atomic
+from blockferry.common.errors import from_os_error
+
+COMMIT_ID_SIZE = 16
+
+
+class CommitRecord(msgspec.Struct, frozen=True):
+    """The last commit asked for. Hexadecimal ids; `confirmed` once the destination has said so."""
+
+    replica_uuid: str
+    volume: str
+    source: str
+    commit_id: str
+    confirmed: bool = False
+    generation: int = 0
+
+
+def default_state_directory() -> Path:
+    """`$XDG_STATE_HOME/blockferry`, by default `~/.local/state/blockferry`."""
+    base = os.environ.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    return Path(base) / "blockferry"
+
+
+class CommitLedger:
+    """The source's memory of what it asked for, per replica."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory / "commits"
+
+    def _path(self, replica_uuid: bytes) -> Path:
+        return self._directory / f"{replica_uuid.hex()}.json"
+
+    def mint(self, replica_uuid: bytes, volume: str, source: str) -> CommitRecord:
+        """A new commit id, durable when this returns."""
+        record = CommitRecord(replica_uuid.hex(), volume, source, secrets.token_hex(COMMIT_ID_SIZE))
+        try:
+            created = not self._directory.exists()
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if created:
+                fsync_directory(self._directory.parent)
+            self._write(record)
+        except OSError as error:
+            raise from_os_error(error, f"cannot keep the commit id in {self._directory}", volume=volume) from error
+        return record
+
+    def confirm(self, record: CommitRecord, generation: int) -> None:
+        """Note that the commit happened."""
+        self._write(msgspec.structs.replace(record, confirmed=True, generation=generation))
+
+    def last(self, replica_uuid: bytes) -> CommitRecord | None:
+        """The last commit asked for, or None where nothing usable is known."""
+        try:
+            return msgspec.json.decode(self._path(replica_uuid).read_bytes(), type=CommitRecord)
+        except (OSError, msgspec.DecodeError, msgspec.ValidationError):
+            return None
+
+    def _write(self, record: CommitRecord) -> None:
+        write_atomic(self._path(bytes.fromhex(record.replica_uuid)), msgspec.json.encode(record))

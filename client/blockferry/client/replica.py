@@ -1,0 +1,216 @@
+"""One session with one replica: everything `sync` says to the destination goes through here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections import deque
+from collections.abc import Sequence
+
+from blockferry.client.report import Tally
+from blockferry.common.address import Address
+from blockferry.common.digests import digest_size
+from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.flow import ByteBudget, RateLimiter
+from blockferry.common.regions import AllocationMap, Run
+from blockferry.common.rpc import Connection
+from blockferry.common.wire import PROTOCOL_VERSION, map_from_messages, runs_to_wire
+from blockferry.v1 import replication_pb2 as pb
+
+
+class ReplicaSession:
+    """An open session. Use `open`, then `changes`, then `commit` or `abort`; `close` in any case."""
+
+    def __init__(self, connection: Connection, volume: str, opened: pb.OpenSessionResponse) -> None:
+        self._connection = connection
+        self.volume = volume
+        self.ref = opened.session
+        self.key = opened.digest_key
+        self.region_size = opened.region_size
+        self.replica_uuid = opened.replica_uuid
+        self.lease_seconds = opened.lease_ms / 1000
+        self.bytes_in_flight = opened.bytes_in_flight
+
+    @classmethod
+    async def open(
+        cls,
+        connection: Connection,
+        address: Address,
+        size: int,
+        *,
+        region_size: int = 0,
+        grow: bool = False,
+        snapshot_id: str = "",
+    ) -> ReplicaSession:
+        """Take the replica for writing; it is created if it does not exist."""
+        if address.number:
+            raise BlockferryError(
+                Code.INVALID_ARGUMENT,
+                f"cannot write to {address.uri}",
+                cause="a committed generation never changes",
+                next="leave out the @number",
+            )
+        opened = await connection.call(
+            "Replication/OpenSession",
+            pb.OpenSessionRequest(
+                protocol_version=PROTOCOL_VERSION,
+                volume=address.volume,
+                size=size,
+                region_size=region_size,
+                grow=grow,
+                client=f"{socket.gethostname()} (process {os.getpid()})",
+                snapshot_id=snapshot_id,
+            ),
+            pb.OpenSessionResponse,
+        )
+        return cls(connection, address.volume, opened)
+
+    async def allocation(self) -> AllocationMap:
+        """The destination's map."""
+        found, _ = await map_from_messages(
+            self._connection.stream(
+                "Replication/GetAllocationMap",
+                pb.GetAllocationMapRequest(session=self.ref),
+                pb.GetAllocationMapResponse,
+            )
+        )
+        return found
+
+    async def digests(self, piece_size: int, pieces: Sequence[Run], tally: Tally) -> bytes:
+        """The destination's digests of the numbered pieces, one after the other."""
+        request = pb.GetRegionDigestsRequest(session=self.ref, piece_size=piece_size, pieces=runs_to_wire(pieces))
+        found = []
+        async for part in self._connection.stream("Replication/GetRegionDigests", request, pb.GetRegionDigestsResponse):
+            found.append(part.digests)
+            tally.destination_read += part.bytes_read
+        joined = b"".join(found)
+        if len(joined) != sum(count for _, count in pieces) * digest_size(piece_size, self.region_size):
+            raise BlockferryError(
+                Code.PROTOCOL,
+                "the server answered with other digests than asked for",
+                next="check that both sides run a released version of blockferry",
+                volume=self.volume,
+            )
+        return joined
+
+    async def commit(self, commit_id: bytes) -> pb.Committed:
+        """Ask for the commit. `commit_id` must be durable at the source before."""
+        request = pb.CommitSessionsRequest()
+        request.commits.add(session=self.ref, volume=self.volume, commit_id=commit_id)
+        response = await self._connection.call("Replication/CommitSessions", request, pb.CommitSessionsResponse)
+        return response.commits[0]
+
+    async def abort(self) -> None:
+        """End the session without a commit, as far as the server can still be reached."""
+        with contextlib.suppress(BlockferryError):
+            async with asyncio.timeout(5):
+                await self._connection.call(
+                    "Replication/AbortSession", pb.AbortSessionRequest(session=self.ref), pb.AbortSessionResponse
+                )
+
+
+class ChangeStream:
+    """The ApplyChanges stream of a session: sends changes, takes acknowledgements, and bounds what lies between them.
+
+    Use it as an asynchronous context manager; leaving it without an error waits for every acknowledgement.
+    """
+
+    def __init__(
+        self, connection: Connection, session: ReplicaSession, limiter: RateLimiter, in_flight: int, tally: Tally
+    ) -> None:
+        self._connection = connection
+        self._session = session
+        self._limiter = limiter
+        self._tally = tally
+        self.budget = ByteBudget(min(in_flight, session.bytes_in_flight or in_flight))
+        self._call = connection.bidirectional("Replication/ApplyChanges", pb.ApplyChangesResponse)
+        self._writing = asyncio.Lock()
+        self._sequence = 0
+        self._unacknowledged: deque[tuple[int, int]] = deque()
+        self._settled = asyncio.Event()
+        self._settled.set()
+        self._mismatched: list[int] = []
+        self._acknowledging: asyncio.Task[None] | None = None
+        self._failure: BaseException | None = None
+
+    async def __aenter__(self) -> ChangeStream:
+        self._acknowledging = asyncio.create_task(self._acknowledge(), name="acknowledgements")
+        return self
+
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
+        assert self._acknowledging is not None
+        if kind is None:
+            with self._connection.translated():
+                await self._call.done_writing()
+            await self._acknowledging
+            if self._failure is not None:
+                raise self._failure
+        else:
+            self._call.cancel()
+            await asyncio.gather(self._acknowledging, return_exceptions=True)
+
+    async def send(self, changes: Sequence[pb.Change], weight: int, payload: int) -> None:
+        """Send changes that weigh `weight` bytes on the wire, `payload` of them data; waits while too much is in
+        flight."""
+        await self.budget.acquire(weight)
+        try:
+            await self._limiter.acquire(weight)
+            async with self._writing:
+                self._raise_failure()
+                self._sequence += 1
+                request = pb.ApplyChangesRequest(sequence=self._sequence, changes=changes)
+                if self._sequence == 1:
+                    request.session.CopyFrom(self._session.ref)
+                self._unacknowledged.append((self._sequence, weight))
+                self._settled.clear()
+                with self._connection.translated():
+                    await self._call.write(request)
+        except asyncio.InvalidStateError:
+            # gRPC's answer to a write on a stream that the server has ended; the reason comes with the answers.
+            await self._settled.wait()
+            self._raise_failure()
+            raise
+        self._tally.data_sent += payload
+
+    async def drain(self) -> list[int]:
+        """Wait until everything sent is applied; return the offsets of regions whose digest did not match."""
+        await self._settled.wait()
+        self._raise_failure()
+        mismatched, self._mismatched = self._mismatched, []
+        return mismatched
+
+    async def _acknowledge(self) -> None:
+        try:
+            with self._connection.translated():
+                async for response in self._call:
+                    self._take(response)
+            if self._unacknowledged:
+                raise BlockferryError(
+                    Code.UNAVAILABLE,
+                    f"lost the connection to {self._connection.address.uri}",
+                    cause="the server ended the stream early",
+                    next="check that blockferry-server runs there, then run this again",
+                )
+        except (BlockferryError, asyncio.CancelledError) as error:
+            self._failure = error
+            # Nobody may wait for room that will never come.
+            while self._unacknowledged:
+                self.budget.release(self._unacknowledged.popleft()[1])
+        finally:
+            self._settled.set()
+
+    def _take(self, response: pb.ApplyChangesResponse) -> None:
+        while self._unacknowledged and self._unacknowledged[0][0] <= response.received:
+            self.budget.release(self._unacknowledged.popleft()[1])
+        self._tally.destination_written += response.totals.bytes_written
+        self._tally.destination_read += response.totals.bytes_read
+        self._tally.unmapped += response.totals.bytes_unmapped
+        self._mismatched.extend(response.mismatched_offsets)
+        if not self._unacknowledged:
+            self._settled.set()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure

@@ -1,0 +1,139 @@
+"""Bring a replica to the content of a source: maps, plan, transfer, commit."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockferry.client.commits import CommitLedger, default_state_directory
+from blockferry.client.plan import Plan, decide
+from blockferry.client.replica import ChangeStream, ReplicaSession
+from blockferry.client.report import Progress, Stopwatch, Tally, sync_report
+from blockferry.client.transfer import BYTES_IN_FLIGHT, Transfer
+from blockferry.common.address import Address
+from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.flow import RateLimiter
+from blockferry.common.regions import DEFAULT_REGION_SIZE, AllocationMap, Geometry, Provenance
+from blockferry.common.rpc import Connection
+from blockferry.common.volumes import Volume
+from blockferry.common.volumes.replica import fetch_map
+from blockferry.v1 import replication_pb2 as pb
+from pyroaring import BitMap
+
+
+@dataclass(frozen=True)
+class SyncOptions:
+    """How to sync. `bwlimit` in bytes per second, 0 for none; `region_size` 0 for the replica's own."""
+
+    region_size: int = 0
+    bwlimit: int = 0
+    grow: bool = False
+    live: bool = False
+    insecure: bool = False
+    bytes_in_flight: int = BYTES_IN_FLIGHT
+    state_directory: Path | None = None
+
+
+async def plan(source: Volume, destination: Address, options: SyncOptions) -> Plan:
+    """What a sync would do. Takes no session and writes nothing; a replica that does not exist is taken as empty."""
+    connection = Connection(destination.require_volume(), insecure=options.insecure)
+    try:
+        found = await _map_without_session(connection, destination, source.size, options)
+        return decide(await source.allocation(found.geometry.region_size), found)
+    finally:
+        await connection.close()
+
+
+async def _map_without_session(
+    connection: Connection, destination: Address, size: int, options: SyncOptions
+) -> AllocationMap:
+    try:
+        point = pb.PointRef(volume=destination.volume, number=destination.number)
+        found, _ = await fetch_map(connection, point)
+    except BlockferryError as error:
+        if error.code is not Code.NOT_FOUND or destination.number:
+            raise
+        geometry = Geometry(size, options.region_size or DEFAULT_REGION_SIZE)
+        return AllocationMap(geometry, BitMap(), Provenance.EXACT)
+    if options.grow and found.geometry.size < size:
+        # What a replica grows by reads as zeros.
+        return AllocationMap(Geometry(size, found.geometry.region_size), found.regions, found.provenance)
+    return found
+
+
+async def sync(source: Volume, destination: Address, options: SyncOptions, progress: Progress) -> dict[str, object]:
+    """Make the source's content the replica's next generation and return the report (schema 1).
+
+    Whatever goes wrong, no generation is committed and the session is ended; the next sync continues with what is
+    already at the destination.
+    """
+    watch = Stopwatch()
+    tally = Tally()
+    await _refuse_source_in_use(source, options)
+    connection = Connection(destination.require_volume(), insecure=options.insecure)
+    try:
+        session = await ReplicaSession.open(
+            connection,
+            destination,
+            source.size,
+            region_size=options.region_size,
+            grow=options.grow,
+            snapshot_id=source.snapshot_id,
+        )
+        try:
+            progress.start("map")
+            ours, theirs = await asyncio.gather(source.allocation(session.region_size), session.allocation())
+            decided = decide(ours, theirs)
+            watch.lap("map")
+
+            phase = progress.start("transfer")
+            stream = ChangeStream(
+                connection, session, RateLimiter(options.bwlimit), options.bytes_in_flight // 2, tally
+            )
+            async with stream:
+                await Transfer(source, session, stream, decided, options.bytes_in_flight // 2, phase, tally).run()
+            await _refuse_resized_source(source)
+            watch.lap("transfer")
+
+            progress.start("commit")
+            ledger = CommitLedger(options.state_directory or default_state_directory())
+            record = ledger.mint(session.replica_uuid, destination.volume, source.uri)
+            committed = await session.commit(bytes.fromhex(record.commit_id))
+            ledger.confirm(record, committed.generation)
+            watch.lap("commit")
+        except BaseException:
+            await asyncio.shield(session.abort())
+            raise
+        progress.finish()
+        return sync_report(source.uri, destination.uri, decided, tally, watch, committed, connection)
+    finally:
+        await connection.close()
+
+
+async def _refuse_source_in_use(source: Volume, options: SyncOptions) -> None:
+    if options.live:
+        return
+    writers = await source.writers()
+    if writers:
+        raise BlockferryError(
+            Code.IN_USE,
+            f"{source.uri} is in use",
+            cause=f"it is open for writing or mounted: {', '.join(writers)}",
+            next="sync from a snapshot, stop what uses it, or say --live to take an inconsistent copy",
+            volume=source.uri,
+        )
+
+
+async def _refuse_resized_source(source: Volume) -> None:
+    size = await source.current_size()
+    if size != source.size:
+        raise BlockferryError(
+            Code.SOURCE_CHANGED,
+            f"{source.uri} changed its size while it was read",
+            cause=f"it had {source.size} bytes and now has {size}",
+            next="stop whatever changes it, or sync from a snapshot",
+            volume=source.uri,
+            expected=str(source.size),
+            found=str(size),
+        )

@@ -1,0 +1,1 @@
+"""blockferry shared by both sites: volumes, formats, and what carries them."""

@@ -1,0 +1,120 @@
+"""The only place where small state meets the disk: atomic files and checksummed logs.
+
+Invariant 3: one fsynced record is the commit. Whatever a function here returns from has survived a power failure.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+
+import msgspec
+from blockferry.common.errors import BlockferryError, Code
+
+_TEMPORARY = ".tmp"
+
+
+def fsync_directory(path: Path) -> None:
+    """Make names created, renamed or removed in `path` durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Replace `path` with `data`: afterwards, whatever happened, it holds the old bytes or the new ones, whole."""
+    temporary = path.with_name(path.name + _TEMPORARY)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    try:
+        _write_all(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.replace(temporary, path)
+    fsync_directory(path.parent)
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Rename within one directory, durably."""
+    os.rename(source, target)
+    fsync_directory(target.parent)
+
+
+def remove_durably(path: Path) -> None:
+    """Remove a file that may be gone already, durably."""
+    path.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+
+
+class Log:
+    """An append-only log of small JSON records, one per line: `CRC32 JSON`.
+
+    A torn last line is what a crash during an append leaves: it was never acknowledged, and is cut off when the log is
+    opened. A bad line anywhere else means the disk lost something that was acknowledged: CORRUPT_STATE.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[dict[str, object]] = []
+        created = not path.exists()
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            if created:
+                fsync_directory(path.parent)
+            self._load()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _load(self) -> None:
+        with open(self._fd, "rb", closefd=False) as file:
+            data = file.read()
+        good = 0
+        while good < len(data):
+            end = data.find(b"\n", good)
+            line = data[good : end if end >= 0 else len(data)]
+            record = _decode(line) if end >= 0 else None
+            if record is None:
+                if end >= 0 and end + 1 < len(data):
+                    raise BlockferryError(
+                        Code.CORRUPT_STATE,
+                        f"{self.path} is damaged",
+                        cause=f"the record at byte {good} fails its checksum and is not the last one",
+                        next="restore the file from a backup of the pool, or delete the replica and sync it anew",
+                    )
+                os.ftruncate(self._fd, good)
+                os.fsync(self._fd)
+                break
+            self.records.append(record)
+            good = end + 1
+
+    def append(self, record: dict[str, object]) -> None:
+        """Add a record durably. After a failure the log must be opened again before anything is believed."""
+        body = msgspec.json.encode(record)
+        _write_all(self._fd, b"%08x %s\n" % (zlib.crc32(body), body))
+        os.fsync(self._fd)
+        self.records.append(record)
+
+    def close(self) -> None:
+        """Close the descriptor; everything appended is durable already."""
+        os.close(self._fd)
+
+
+def _decode(line: bytes) -> dict[str, object] | None:
+    try:
+        checksum, body = line.split(b" ", 1)
+        if int(checksum, 16) != zlib.crc32(body):
+            return None
+        record = msgspec.json.decode(body)
+    except (ValueError, msgspec.DecodeError):
+        return None
+    return record if isinstance(record, dict) else None

@@ -1,0 +1,151 @@
+"""Linux system calls that Python does not offer, and the ladder of ways to make a range read as zeros.
+
+Sources: fallocate(2), lseek(2), ioctl_ficlone(2), ioctl_fiemap(2), fcntl(2) "Leases", linux/falloc.h, linux/fs.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import enum
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_FALLOC_FL_KEEP_SIZE = 0x01
+_FALLOC_FL_PUNCH_HOLE = 0x02
+_FALLOC_FL_ZERO_RANGE = 0x10
+_FICLONE = 0x40049409
+
+_libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+NOT_SUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENODEV, errno.ENOTTY, errno.ENOSYS, errno.EINVAL})
+"""What file systems and devices answer to an operation they do not know; never a failure of the data."""
+
+_ZERO_CHUNK = bytes(1024 * 1024)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2) with a mode; raise OSError."""
+    while _libc.fallocate(fd, mode, offset, length) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+def reflink(source_fd: int, target_fd: int) -> None:
+    """Make the target share all extents of the source (FICLONE); raise OSError where the file system cannot."""
+    fcntl.ioctl(target_fd, _FICLONE, source_fd)
+
+
+def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what SEEK_DATA/SEEK_HOLE report as data in [start, end).
+
+    `fd` must be used for nothing else meanwhile: lseek moves its offset. ENXIO means a hole up to the end.
+    """
+    position = start
+    while position < end:
+        try:
+            data = os.lseek(fd, position, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            raise
+        if data >= end:
+            return
+        position = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+        yield data, position - data
+
+
+class Zeroing(enum.Enum):
+    """Ways to make a range of a file read as zeros, best first."""
+
+    PUNCH_HOLE = "punch-hole"
+    ZERO_RANGE = "zero-range"
+    WRITE = "write"
+
+
+class ZeroingLadder:
+    """Makes ranges of one descriptor read as zeros by the best way that works, and remembers which one that is."""
+
+    def __init__(self, first: Zeroing = Zeroing.PUNCH_HOLE) -> None:
+        self.method = first
+
+    def zero(self, fd: int, offset: int, length: int, size: int) -> None:
+        """Zero [offset, offset + length) of a file of `size` bytes; never changes the size.
+
+        A hole that reaches the end of the file is punched past the end (KEEP_SIZE): otherwise the last partial page
+        stays allocated for ever.
+        """
+        if self.method is Zeroing.PUNCH_HOLE:
+            reach = length + 2 * os.sysconf("SC_PAGESIZE") if offset + length >= size else length
+            if self._try(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, reach):
+                return
+            self.method = Zeroing.ZERO_RANGE
+        if self.method is Zeroing.ZERO_RANGE:
+            if self._try(fd, _FALLOC_FL_ZERO_RANGE | _FALLOC_FL_KEEP_SIZE, offset, length):
+                return
+            self.method = Zeroing.WRITE
+        end = offset + length
+        while offset < end:
+            offset += os.pwrite(fd, memoryview(_ZERO_CHUNK)[: end - offset], offset)
+
+    @staticmethod
+    def _try(fd: int, mode: int, offset: int, length: int) -> bool:
+        try:
+            fallocate(fd, mode, offset, length)
+        except OSError as error:
+            if error.errno in NOT_SUPPORTED:
+                return False
+            raise
+        return True
+
+
+def loop_devices_over(path: Path) -> list[str]:
+    """Names of the loop devices whose backing file is `path`."""
+    found = []
+    for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            backing = Path(entry.read_text().strip())
+            if backing.samefile(path):
+                found.append(f"/dev/{entry.parent.parent.name}")
+        except OSError:
+            continue
+    return sorted(found)
+
+
+def opened_for_writing(fd: int) -> bool:
+    """Whether anyone, this process included, has the file open for writing.
+
+    A read lease can be had only on a file that nobody has open for writing. `fd` must be open read-only. Where leases
+    are not possible (another owner's file, a file system without them) the answer is no.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as error:
+        return error.errno == errno.EAGAIN
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    return False
+
+
+def writers_of(path: Path) -> list[str]:
+    """`name (pid)` of other processes that have `path` open for writing, as far as this user may look."""
+    found = []
+    target = path.stat()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        process = link.parent.parent
+        if process.name == str(os.getpid()):
+            continue
+        try:
+            info = link.stat()
+            if (info.st_dev, info.st_ino) != (target.st_dev, target.st_ino):
+                continue
+            flags = int((process / "fdinfo" / link.name).read_text().split("flags:")[1].split()[0], 8)
+            if flags & os.O_ACCMODE != os.O_RDONLY:
+                found.append(f"{(process / 'comm').read_text().strip()} ({process.name})")
+        except (OSError, IndexError, ValueError):
+            continue
+    return sorted(set(found))

@@ -1,0 +1,315 @@
+"""gRPC at both ends: serving descriptors, dialling addresses, and errors that keep their fields on the way.
+
+Handlers and calls are made from the service descriptors of `protos/`, so that every service is served, called, metered
+and has its errors translated in this one place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, TypeVar, cast
+
+import grpc
+import grpc.aio
+import structlog
+from blockferry.common.address import Address
+from blockferry.common.errors import BlockferryError, Code, from_os_error
+from blockferry.common.regions import MAX_REGION_SIZE
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+log = structlog.get_logger("blockferry.rpc")
+
+M = TypeVar("M", bound=Message)
+
+MAX_MESSAGE = MAX_REGION_SIZE + 1024 * 1024
+"""Bytes: one whole region of the largest size and its envelope."""
+
+_DOMAIN = "blockferry"
+_DETAILS_KEY = "grpc-status-details-bin"
+
+KEEPALIVE_SECONDS = 10
+"""A peer that vanished without closing is noticed after twice this. Both sides must agree, or the server answers
+`too_many_pings`."""
+
+_COMMON_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_SECONDS * 1000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+_SERVER_OPTIONS = [
+    *_COMMON_OPTIONS,
+    # Otherwise a second server binds the same port silently and gets half of the calls.
+    ("grpc.so_reuseport", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
+    ("grpc.keepalive_permit_without_calls", 1),
+]
+_CLIENT_OPTIONS = [*_COMMON_OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+
+_STATUS = {
+    Code.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
+    Code.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    Code.UNREADABLE: grpc.StatusCode.PERMISSION_DENIED,
+    Code.UNSUPPORTED: grpc.StatusCode.FAILED_PRECONDITION,
+    Code.SIZE_MISMATCH: grpc.StatusCode.FAILED_PRECONDITION,
+    Code.REGION_SIZE_MISMATCH: grpc.StatusCode.FAILED_PRECONDITION,
+    Code.IN_USE: grpc.StatusCode.FAILED_PRECONDITION,
+    Code.STALE_EPOCH: grpc.StatusCode.FAILED_PRECONDITION,
+    Code.WRONG_STATE: grpc.StatusCode.FAILED_PRECONDITION,
+    Code.OUT_OF_SPACE: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Code.READ_ONLY: grpc.StatusCode.FAILED_PRECONDITION,
+    Code.IO_ERROR: grpc.StatusCode.DATA_LOSS,
+    Code.SOURCE_CHANGED: grpc.StatusCode.ABORTED,
+    Code.DATA_MISMATCH: grpc.StatusCode.DATA_LOSS,
+    Code.CORRUPT_STATE: grpc.StatusCode.DATA_LOSS,
+    Code.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    Code.PROTOCOL: grpc.StatusCode.INVALID_ARGUMENT,
+    Code.INTERNAL: grpc.StatusCode.INTERNAL,
+}
+
+
+def message_class(descriptor: Any) -> type[Message]:
+    """The generated class of a message descriptor."""
+    module = importlib.import_module(descriptor.file.name.removesuffix(".proto").replace("/", ".") + "_pb2")
+    return cast(type[Message], getattr(module, descriptor.name))
+
+
+# --- errors -----------------------------------------------------------------------------------------------------
+
+
+def to_status(error: BlockferryError) -> status_pb2.Status:
+    """Pack an error into google.rpc.Status with one ErrorInfo."""
+    info = error_details_pb2.ErrorInfo(reason=error.code.name, domain=_DOMAIN)
+    for name, value in error.fields().items():
+        if value is not None and name != "code":
+            info.metadata[name] = str(value)
+    status = status_pb2.Status(code=_STATUS[error.code].value[0], message=error.line())
+    status.details.add().Pack(info)
+    return status
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> BlockferryError:
+    """The error the server meant; or, where it never answered, what happened to the connection."""
+    for key, value in error.trailing_metadata() or ():
+        if key == _DETAILS_KEY:
+            found = _unpack(value if isinstance(value, bytes) else value.encode())
+            if found is not None:
+                return found
+    details = error.details() or error.code().name
+    match error.code():
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED | grpc.StatusCode.UNKNOWN:
+            lost = "failed to connect" not in details.lower()
+            return BlockferryError(
+                Code.UNAVAILABLE,
+                f"lost the connection to {address}" if lost else f"cannot reach {address}",
+                cause="the server went away" if lost else "no server answers there",
+                next="check that blockferry-server runs there, then run this again",
+            )
+        case grpc.StatusCode.UNIMPLEMENTED:
+            return BlockferryError(
+                Code.PROTOCOL, f"{address} does not know this call", cause=details, next="update the server"
+            )
+        case _:
+            return BlockferryError(Code.INTERNAL, f"{address} failed", cause=details, next="look at the server's log")
+
+
+def _unpack(data: bytes) -> BlockferryError | None:
+    status = status_pb2.Status.FromString(data)
+    for detail in status.details:
+        info = error_details_pb2.ErrorInfo()
+        if detail.Unpack(info) and info.domain == _DOMAIN and info.reason in Code.__members__:
+            fields = info.metadata
+            return BlockferryError(
+                Code[info.reason],
+                fields.get("message", status.message),
+                cause=fields.get("cause", ""),
+                next=fields.get("next", ""),
+                volume=fields.get("volume"),
+                offset=_number(fields.get("offset")),
+                length=_number(fields.get("length")),
+                expected=fields.get("expected"),
+                found=fields.get("found"),
+            )
+    return None
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdigit() else None
+
+
+# --- serving ----------------------------------------------------------------------------------------------------
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BlockferryError, method: str) -> None:
+    log.info("refused", method=method, **{key: value for key, value in error.fields().items() if value is not None})
+    status = to_status(error)
+    await context.abort(
+        _STATUS[error.code], error.line(), trailing_metadata=((_DETAILS_KEY, status.SerializeToString()),)
+    )
+
+
+def _guarded(method: MethodDescriptor, implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a servicer method so that every failure leaves with its fields, and a bug with a line in the log."""
+
+    async def failed(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+        if isinstance(error, OSError):
+            error = from_os_error(error, f"{method.name} failed")
+        if not isinstance(error, BlockferryError):
+            log.error("bug", method=method.name, exc_info=error)
+            error = BlockferryError(Code.INTERNAL, f"{method.name} failed", cause=repr(error), next="report this")
+        await _abort(context, error, method.name)
+
+    if method.server_streaming:
+
+        async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            try:
+                async with contextlib.aclosing(implementation(request, context)) as responses:
+                    async for response in responses:
+                        yield response
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                await failed(context, error)
+
+        return stream
+
+    async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await implementation(request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await failed(context, error)
+
+    return unary
+
+
+def add_service(server: grpc.aio.Server, service: ServiceDescriptor, servicer: object) -> None:
+    """Serve every method of `service` by the method of `servicer` with the same name. Missing ones are
+    UNIMPLEMENTED."""
+    handlers: dict[str, Any] = {}
+    for method in service.methods:
+        implementation = getattr(servicer, method.name, None)
+        if implementation is None:
+            continue
+        kind = ("stream" if method.client_streaming else "unary") + ("_stream" if method.server_streaming else "_unary")
+        make = getattr(grpc, f"{kind}_rpc_method_handler")
+        handlers[method.name] = make(
+            _guarded(method, implementation),
+            request_deserializer=message_class(method.input_type).FromString,
+            response_serializer=message_class(method.output_type).SerializeToString,
+        )
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+
+
+Server = grpc.aio.Server
+
+
+def make_server() -> grpc.aio.Server:
+    """A server with the options both sides agree on; nothing is bound yet."""
+    return grpc.aio.server(options=_SERVER_OPTIONS)
+
+
+def bind(server: grpc.aio.Server, uri: str, *, insecure: bool) -> str:
+    """Bind `uri` and return the address clients can use. Raises IN_USE or UNSUPPORTED."""
+    address = Address.parse(uri)
+    _refuse_plaintext(address, insecure)
+    try:
+        port = server.add_insecure_port(address.target)
+    except RuntimeError as error:
+        raise BlockferryError(
+            Code.IN_USE,
+            f"cannot listen on {uri}",
+            cause="the address is taken or is not one of this machine",
+            next="choose another port or stop whatever uses it",
+        ) from error
+    if address.target.startswith("unix:"):
+        return uri
+    return f"grpc://{address.target.rpartition(':')[0]}:{port}"
+
+
+def _refuse_plaintext(address: Address, insecure: bool) -> None:
+    if not address.loopback and not insecure:
+        raise BlockferryError(
+            Code.UNSUPPORTED,
+            f"{address.uri} is not on this machine",
+            cause="without TLS anybody on the way could read and change whole disks",
+            next="use a loopback address, or --insecure on both sides if the network itself is trusted",
+        )
+
+
+# --- calling ----------------------------------------------------------------------------------------------------
+
+
+class Connection:
+    """A channel to one server that counts serialized bytes and raises BlockferryError."""
+
+    def __init__(self, address: Address, *, insecure: bool = False) -> None:
+        _refuse_plaintext(address, insecure)
+        self.address = address
+        self.sent = 0
+        self.received = 0
+        self._channel = grpc.aio.insecure_channel(address.target, options=_CLIENT_OPTIONS)
+
+    async def close(self) -> None:
+        """Close the channel and cancel its calls."""
+        await self._channel.close()
+
+    def _serializer(self, message: Message) -> bytes:
+        data = message.SerializeToString()
+        self.sent += len(data)
+        return data
+
+    def _deserializer(self, kind: type[M]) -> Callable[[bytes], M]:
+        def parse(data: bytes) -> M:
+            self.received += len(data)
+            return kind.FromString(data)
+
+        return parse
+
+    @contextlib.contextmanager
+    def translated(self) -> Iterator[None]:
+        """Turn gRPC's errors into ours."""
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, self.address.uri) from error
+
+    async def call(self, method: str, request: Message, response: type[M]) -> M:
+        """A unary call; `method` is `Service/Method`."""
+        multi = self._channel.unary_unary(
+            f"/blockferry.v1.{method}",
+            request_serializer=self._serializer,
+            response_deserializer=self._deserializer(response),
+        )
+        with self.translated():
+            return await cast(Awaitable[M], multi(request))
+
+    async def stream(self, method: str, request: Message, response: type[M]) -> AsyncIterator[M]:
+        """A call that is answered by a stream."""
+        multi = self._channel.unary_stream(
+            f"/blockferry.v1.{method}",
+            request_serializer=self._serializer,
+            response_deserializer=self._deserializer(response),
+        )
+        call = multi(request)
+        try:
+            with self.translated():
+                async for message in call:
+                    yield message
+        finally:
+            call.cancel()
+
+    def bidirectional(self, method: str, response: type[M]) -> grpc.aio.StreamStreamCall[Any, M]:
+        """A call with streams both ways. Use it inside `translated()`."""
+        multi = self._channel.stream_stream(
+            f"/blockferry.v1.{method}",
+            request_serializer=self._serializer,
+            response_deserializer=self._deserializer(response),
+        )
+        return cast("grpc.aio.StreamStreamCall[Any, M]", multi())

@@ -1,0 +1,201 @@
+"""Raw image files.
+
+Allocation comes from SEEK_DATA/SEEK_HOLE on a descriptor of its own, after an fsync: with dirty pages some file systems
+have reported holes where data was about to be. Where the file system cannot tell, everything counts as allocated.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from blockferry.common import linux
+from blockferry.common.digests import Data
+from blockferry.common.errors import BlockferryError, Code, from_os_error
+from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Provenance
+from blockferry.common.volumes.volume import Volume, in_thread
+
+
+class ImageVolume(Volume):
+    """A regular file. Open one with `ImageVolume.open`; a writable one is created or resized with `create`."""
+
+    def __init__(self, path: Path, fd: int, size: int, writable: bool) -> None:
+        self.path = path
+        self.uri = str(path)
+        self.size = size
+        self.block_size = BLOCK_SIZE
+        self._fd = fd
+        self._writable = writable
+        self._ladder = linux.ZeroingLadder()
+
+    @classmethod
+    async def open(cls, path: Path, *, writable: bool = False) -> ImageVolume:
+        """Open an existing image. Raises NOT_FOUND, UNREADABLE, UNSUPPORTED (not a regular file) or
+        INVALID_ARGUMENT (empty)."""
+        return await in_thread(cls._open, path, writable)
+
+    @classmethod
+    async def create(cls, path: Path, size: int) -> ImageVolume:
+        """Open `path` for writing, creating it if need be, and give it `size` bytes. An image is never shrunk."""
+        return await in_thread(cls._create, path, size)
+
+    @classmethod
+    def _open(cls, path: Path, writable: bool) -> ImageVolume:
+        what = f"cannot open {path}"
+        try:
+            # O_NONBLOCK: opening a FIFO by mistake must not hang.
+            fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno == errno.EISDIR:
+                raise _not_an_image(path, "it is a directory") from error
+            raise from_os_error(error, what, volume=str(path)) from error
+        try:
+            info = os.fstat(fd)
+            if not stat.S_ISREG(info.st_mode):
+                kind = "a directory" if stat.S_ISDIR(info.st_mode) else "not a regular file"
+                raise _not_an_image(path, f"it is {kind}")
+            if info.st_size == 0:
+                raise BlockferryError(
+                    Code.INVALID_ARGUMENT,
+                    what,
+                    cause="it is empty (0 bytes)",
+                    next="check that this is the right file",
+                    volume=str(path),
+                )
+            return cls(path, fd, info.st_size, writable)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def _create(cls, path: Path, size: int) -> ImageVolume:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise from_os_error(error, f"cannot create {path}", volume=str(path)) from error
+        try:
+            if os.fstat(fd).st_size > size:
+                raise BlockferryError(Code.SIZE_MISMATCH, f"{path} is larger than {size} bytes", volume=str(path))
+            os.ftruncate(fd, size)
+        except OSError as error:
+            os.close(fd)
+            raise from_os_error(error, f"cannot give {path} {size} bytes", volume=str(path)) from error
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(path, fd, size, True)
+
+    @property
+    def zeroing(self) -> str:
+        return self._ladder.method.value
+
+    async def allocation(self, region_size: int) -> AllocationMap:
+        return await in_thread(self._allocation, Geometry(self.size, region_size))
+
+    def _allocation(self, geometry: Geometry) -> AllocationMap:
+        try:
+            os.fsync(self._fd)
+            own = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise from_os_error(error, "cannot read the allocation", volume=self.uri) from error
+        try:
+            return AllocationMap.from_extents(geometry, linux.data_extents(own, 0, self.size), Provenance.EXACT)
+        except OSError as error:
+            if error.errno in linux.NOT_SUPPORTED:
+                return AllocationMap.full(geometry)
+            raise from_os_error(error, "cannot read the allocation", volume=self.uri) from error
+        finally:
+            os.close(own)
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        await in_thread(self._read_into, offset, buffer)
+
+    def _read_into(self, offset: int, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise from_os_error(
+                    error, "cannot read", volume=self.uri, offset=offset + done, length=len(buffer) - done
+                ) from error
+            if count == 0:
+                raise BlockferryError(
+                    Code.SOURCE_CHANGED,
+                    f"{self.uri} became shorter while it was read",
+                    cause=f"it had {self.size} bytes and now ends at {os.fstat(self._fd).st_size}",
+                    next="stop whatever changes it, or sync from a snapshot",
+                    volume=self.uri,
+                    offset=offset + done,
+                    length=len(buffer) - done,
+                )
+            done += count
+
+    async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
+        await in_thread(self._write, extents)
+
+    def _write(self, extents: Sequence[tuple[int, Data]]) -> None:
+        for offset, data in extents:
+            view = memoryview(data)
+            try:
+                while view:
+                    count = os.pwrite(self._fd, view, offset)
+                    view, offset = view[count:], offset + count
+            except OSError as error:
+                raise from_os_error(error, "cannot write", volume=self.uri, offset=offset, length=len(view)) from error
+
+    async def unmap(self, extents: Sequence[tuple[int, int]]) -> int:
+        return await in_thread(self._unmap, extents)
+
+    def _unmap(self, extents: Sequence[tuple[int, int]]) -> int:
+        held = 0
+        for offset, length in extents:
+            try:
+                # Only this class uses the descriptor's own offset, and one unmap at a time: the server applies the
+                # changes of a replica in order.
+                try:
+                    held += sum(size for _, size in linux.data_extents(self._fd, offset, offset + length))
+                except OSError as error:
+                    if error.errno not in linux.NOT_SUPPORTED:
+                        raise
+                    held += length
+                self._ladder.zero(self._fd, offset, length, self.size)
+            except OSError as error:
+                raise from_os_error(error, "cannot unmap", volume=self.uri, offset=offset, length=length) from error
+        return held
+
+    async def flush(self) -> None:
+        try:
+            await in_thread(os.fsync, self._fd)
+        except OSError as error:
+            raise from_os_error(error, "cannot flush", volume=self.uri) from error
+
+    async def close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            await in_thread(os.close, fd)
+
+    async def current_size(self) -> int:
+        return (await in_thread(os.fstat, self._fd)).st_size
+
+    async def writers(self) -> list[str]:
+        return await in_thread(self._writers)
+
+    def _writers(self) -> list[str]:
+        found = [f"{device} (loop device)" for device in linux.loop_devices_over(self.path)]
+        if linux.opened_for_writing(self._fd):
+            found += linux.writers_of(self.path) or ["a process that cannot be seen from here"]
+        return found
+
+
+def _not_an_image(path: Path, cause: str) -> BlockferryError:
+    return BlockferryError(
+        Code.UNSUPPORTED,
+        f"{path} is not a raw image",
+        cause=cause,
+        next="name a raw image file",
+        volume=str(path),
+    )

@@ -1,0 +1,142 @@
+"""A committed generation of a replica, read over gRPC: `grpc://HOST:PORT/VOLUME[@NUMBER]`, read-only."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+from blockferry.common.address import Address
+from blockferry.common.digests import Data, digest_size
+from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Run
+from blockferry.common.rpc import Connection
+from blockferry.common.volumes.volume import Volume
+from blockferry.common.wire import map_from_messages, runs_to_wire
+from blockferry.v1 import replicas_pb2 as replicas
+from blockferry.v1 import replication_pb2 as pb
+
+
+class ReplicaVolume(Volume):
+    """One generation, pinned when it is opened: a later commit does not change what is read."""
+
+    def __init__(self, connection: Connection, point: pb.PointRef, found: AllocationMap, commit_id: bytes) -> None:
+        self.uri = connection.address.uri
+        self.size = found.geometry.size
+        self.block_size = BLOCK_SIZE
+        self.snapshot_id = f"commit:{commit_id.hex()}"
+        self._connection = connection
+        self._point = point
+        self._map = found
+
+    @classmethod
+    async def open(cls, uri: str, *, insecure: bool = False) -> ReplicaVolume:
+        """Raises NOT_FOUND where there is no such replica or no committed generation."""
+        address = Address.parse(uri).require_volume()
+        connection = Connection(address, insecure=insecure)
+        try:
+            point = pb.PointRef(volume=address.volume, number=address.number)
+            found, header = await fetch_map(connection, point, 0)
+            if header.generation == 0:
+                raise BlockferryError(
+                    Code.NOT_FOUND,
+                    f"{uri} has no committed generation",
+                    cause="its first sync has not finished",
+                    next="finish it with blockferry sync",
+                    volume=uri,
+                )
+            point.number = header.generation
+            return cls(connection, point, found, header.commit_id)
+        except BaseException:
+            await connection.close()
+            raise
+
+    @property
+    def zeroing(self) -> str:
+        return "read-only"
+
+    @property
+    def region_size(self) -> int:
+        """The replica's own region size in bytes."""
+        return self._map.geometry.region_size
+
+    async def allocation(self, region_size: int) -> AllocationMap:
+        if region_size == self._map.geometry.region_size:
+            return self._map
+        found, _ = await fetch_map(self._connection, self._point, region_size)
+        return found
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        request = replicas.ReadRegionsRequest(point=self._point)
+        request.ranges.add(offset=offset, length=len(buffer))
+        done = 0
+        async for part in self._connection.stream("Replicas/ReadRegions", request, replicas.ReadRegionsResponse):
+            length = part.zeros or len(part.data)
+            if part.offset != offset + done or done + length > len(buffer):
+                raise _broken(self.uri, offset + done)
+            buffer[done : done + length] = bytes(length) if part.zeros else part.data
+            done += length
+        if done != len(buffer):
+            raise _broken(self.uri, offset + done)
+
+    async def digests(self, piece_size: int, pieces: Sequence[Run], key: bytes, region_size: int) -> bytes:
+        if piece_size == region_size != self.region_size:
+            # The server tells regions from smaller pieces by its own region size; read instead of guessing.
+            return await super().digests(piece_size, pieces, key, region_size)
+        request = pb.GetRegionDigestsRequest(
+            point=self._point, piece_size=piece_size, pieces=runs_to_wire(pieces), key=key
+        )
+        found = [
+            part.digests
+            async for part in self._connection.stream(
+                "Replication/GetRegionDigests", request, pb.GetRegionDigestsResponse
+            )
+        ]
+        joined = b"".join(found)
+        if len(joined) != sum(count for _, count in pieces) * digest_size(piece_size, region_size):
+            raise _broken(self.uri, pieces[0][0] * piece_size)
+        return joined
+
+    async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
+        raise self._read_only()
+
+    async def unmap(self, extents: Sequence[tuple[int, int]]) -> int:
+        raise self._read_only()
+
+    def _read_only(self) -> BlockferryError:
+        return BlockferryError(
+            Code.READ_ONLY,
+            f"{self.uri} cannot be written",
+            cause="a committed generation never changes",
+            next="sync to the replica instead",
+        )
+
+    async def flush(self) -> None:
+        """Nothing is ever written."""
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+    @property
+    def geometry(self) -> Geometry:
+        """The replica's own geometry."""
+        return self._map.geometry
+
+
+async def fetch_map(
+    connection: Connection, point: pb.PointRef, region_size: int = 0
+) -> tuple[AllocationMap, pb.AllocationMapHeader]:
+    """The map of a committed generation and what it describes; `region_size` 0 for the replica's own. Generation 0 in
+    the header: nothing is committed, and the map is that of an unfinished first sync."""
+    request = pb.GetAllocationMapRequest(point=point, region_size=region_size)
+    messages: AsyncIterator[pb.GetAllocationMapResponse] = connection.stream(
+        "Replication/GetAllocationMap", request, pb.GetAllocationMapResponse
+    )
+    return await map_from_messages(messages)
+
+
+def _broken(uri: str, offset: int) -> BlockferryError:
+    return BlockferryError(
+        Code.PROTOCOL,
+        f"{uri} answered with other bytes than asked for",
+        next="check that both sides run a released version of blockferry",
+        offset=offset,
+    )

@@ -1,0 +1,97 @@
+"""What every volume can do, whatever it is made of."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from blockferry.common.digests import Data, digest_size, digests
+from blockferry.common.regions import AllocationMap, Geometry, Run, split_runs
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+IO_THREADS = 4
+"""Threads for blocking calls, shared by all volumes of a process: two to keep both cores of a small host busy hashing,
+and two more so that a slow disk does not hold up a fast one."""
+
+READ_SIZE = 8 * 1024 * 1024
+"""Bytes read for digests in one go: large enough that a thread hand-off (about 50 us) does not count."""
+
+_executor = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="blockferry-io")
+
+
+async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run a blocking call on the process's I/O threads."""
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(_executor, lambda: function(*args, **kwargs))
+
+
+class Volume(abc.ABC):
+    """A fixed-size array of bytes. Offsets and lengths are in bytes; every method may raise BlockferryError.
+
+    Reads and writes outside [0, size) are programming errors of the caller: whatever comes from outside is checked
+    before it gets here.
+    """
+
+    uri: str
+    size: int
+    block_size: int
+    snapshot_id: str = ""
+    """Identity of an immutable snapshot; empty where the content may change."""
+
+    @abc.abstractmethod
+    async def allocation(self, region_size: int) -> AllocationMap:
+        """Which regions may hold data, as of now, of everything written so far."""
+
+    @abc.abstractmethod
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`. A short read is an error, never silently zeros."""
+
+    @abc.abstractmethod
+    async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
+        """Write each (offset, data). Returns when readable, not when durable."""
+
+    @abc.abstractmethod
+    async def unmap(self, extents: Sequence[tuple[int, int]]) -> int:
+        """Make each (offset, length) read as zeros; return the bytes that held data before."""
+
+    @abc.abstractmethod
+    async def flush(self) -> None:
+        """Make everything written and unmapped so far durable. After a failure the volume must not be trusted."""
+
+    @abc.abstractmethod
+    async def close(self) -> None:
+        """Let go of the device. Does not flush."""
+
+    @property
+    @abc.abstractmethod
+    def zeroing(self) -> str:
+        """How unmap works here: a name for people; `write` means that zeros are written out."""
+
+    async def current_size(self) -> int:
+        """The device's size in bytes now; differs from `size` if it was resized since it was opened."""
+        return self.size
+
+    async def writers(self) -> list[str]:
+        """Who has the device mounted or open for writing, as far as can be told; for people, empty if nobody.
+
+        Only meaningful for a volume opened read-only: this process counts too.
+        """
+        return []
+
+    async def digests(self, piece_size: int, pieces: Sequence[Run], key: bytes, region_size: int) -> bytes:
+        """Keyed digests of the numbered pieces, one after the other, read from the volume itself."""
+        geometry = Geometry(self.size, region_size)
+        size = digest_size(piece_size, region_size)
+        buffer = memoryview(bytearray(min(max(READ_SIZE, piece_size), sum(count for _, count in pieces) * piece_size)))
+        found = []
+        for first, count in split_runs(pieces, max(READ_SIZE // piece_size, 1)):
+            offset = first * piece_size
+            part = buffer[: min(count * piece_size, geometry.size - offset)]
+            await self.read_into(offset, part)
+            found.append(await in_thread(digests, part, piece_size, key, size))
+        return b"".join(found)

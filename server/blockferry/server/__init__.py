@@ -1,0 +1,1 @@
+"""The destination site: replicas in pools, served over gRPC."""

@@ -1,0 +1,88 @@
+"""blockferry-server: keeps replicas in a pool and serves them over gRPC."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from pathlib import Path
+
+import uvloop
+from blockferry.common import rpc, telemetry
+from blockferry.common.errors import BlockferryError
+from blockferry.server.pool import Pool
+from blockferry.server.replicas import ReplicasService
+from blockferry.server.replication import ReplicationService
+from blockferry.v1 import replicas_pb2, replication_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+DEFAULT_LISTEN = "grpc://127.0.0.1:9870"
+LEASE_SECONDS = 60.0
+BYTES_IN_FLIGHT = 64 * 1024 * 1024
+SHUTDOWN_SECONDS = 10.0
+"""Calls in progress may finish within this time; then they are cut off."""
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="blockferry-server", description="Keep replicas of block volumes and serve them over gRPC."
+    )
+    parser.add_argument("--pool", type=Path, required=True, metavar="DIR", help="existing directory for the replicas")
+    parser.add_argument(
+        "--listen",
+        action="append",
+        metavar="ADDRESS",
+        help=f"grpc://HOST:PORT (port 0: any free one) or grpc+unix:///SOCKET; repeatable (default {DEFAULT_LISTEN})",
+    )
+    parser.add_argument("--insecure", action="store_true", help="allow plaintext on addresses other machines can reach")
+    return parser.parse_args(argv)
+
+
+async def serve(arguments: argparse.Namespace) -> None:
+    """Run until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+    pool = await Pool.open("main", arguments.pool.absolute(), LEASE_SECONDS)
+    try:
+        server = rpc.make_server()
+        services = {
+            replication_pb2.DESCRIPTOR.services_by_name["Replication"]: ReplicationService(pool, BYTES_IN_FLIGHT),
+            replicas_pb2.DESCRIPTOR.services_by_name["Replicas"]: ReplicasService(pool),
+        }
+        for descriptor, servicer in services.items():
+            rpc.add_service(server, descriptor, servicer)
+        await _add_health_and_reflection(server, [descriptor.full_name for descriptor in services])
+
+        addresses = [rpc.bind(server, uri, insecure=arguments.insecure) for uri in arguments.listen or [DEFAULT_LISTEN]]
+        await server.start()
+        for address in addresses:
+            print(f"listening on {address}", flush=True)
+        await stop.wait()
+        await server.stop(SHUTDOWN_SECONDS)
+    finally:
+        await pool.close()
+
+
+async def _add_health_and_reflection(server: rpc.Server, names: list[str]) -> None:
+    checker = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checker, server)
+    for name in ["", *names]:
+        await checker.set(name, health_pb2.HealthCheckResponse.SERVING)
+    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+
+
+def main() -> int:
+    """Entry point of the console script."""
+    arguments = _arguments(sys.argv[1:])
+    telemetry.configure_logging()
+    try:
+        uvloop.run(serve(arguments))
+    except BlockferryError as error:
+        print(f"blockferry-server: {error.line()}", file=sys.stderr)
+        return 1
+    return 0
