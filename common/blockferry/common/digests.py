@@ -21,8 +21,6 @@ PIECE_SIZE = 64 * 1024
 
 Data = bytes | bytearray | memoryview
 
-# Left operands of comparisons. A bytearray on the left compares by memcmp with any buffer on the right (22 us for a
-# zero MiB); bytes or a memoryview on the left compare a memoryview element by element (1760 us).
 _ZERO_BLOCK = bytearray(BLOCK_SIZE)
 _ZERO_PIECE = bytearray(PIECE_SIZE)
 
@@ -59,17 +57,22 @@ class ZeroDigests:
         return known
 
 
+def _equal(left: bytearray, right: memoryview) -> bool:
+    # The order matters: a bytearray on the left compares by memcmp with any buffer on the right (27 us for a zero MiB);
+    # bytes or a memoryview on the left compare a memoryview element by element (2970 us).
+    return left == right
+
+
 def is_zero(data: memoryview) -> bool:
     """Whether every byte is zero. A plain comparison: cheaper than any digest, and cannot collide."""
     whole = len(data) - len(data) % PIECE_SIZE
-    return (
-        all(data[start : start + PIECE_SIZE] == _ZERO_PIECE for start in range(0, whole, PIECE_SIZE))
-        and bytearray(len(data) - whole) == data[whole:]
-    )
+    return all(
+        _equal(_ZERO_PIECE, data[start : start + PIECE_SIZE]) for start in range(0, whole, PIECE_SIZE)
+    ) and _equal(bytearray(len(data) - whole), data[whole:])
 
 
 def _block_is_zero(block: memoryview) -> bool:
-    return block == _ZERO_BLOCK if len(block) == BLOCK_SIZE else bytearray(len(block)) == block
+    return _equal(_ZERO_BLOCK if len(block) == BLOCK_SIZE else bytearray(len(block)), block)
 
 
 def nonzero_extents(data: memoryview) -> Iterator[Run]:
