@@ -17,6 +17,9 @@ from pathlib import Path
 MOUNTED = ("xfs", "ext4", "btrfs")
 KINDS = ("temporary", "tmpfs", *MOUNTED)
 
+_BLOCK_OPTIONS = {"xfs": ["-b", "size=4096"], "ext4": ["-b", "4096"], "btrfs": ["-s", "4096"]}
+"""Blocks of 4 KiB everywhere, so that tests can say exactly what is allocated; ext4 would choose 1 KiB."""
+
 CLONING = frozenset({"xfs", "btrfs"})
 """Kinds whose files can share extents."""
 
@@ -39,7 +42,7 @@ def mounted(kind: str, directory: Path, size: int = IMAGE_SIZE) -> Iterator[Path
     image, mountpoint = directory / f"{kind}.img", directory / kind
     image.touch()
     os.truncate(image, size)
-    subprocess.run([maker, "-q", str(image)], check=True, capture_output=True)
+    subprocess.run([maker, "-q", *_BLOCK_OPTIONS[kind], str(image)], check=True, capture_output=True)
     mountpoint.mkdir()
     done = subprocess.run(["mount", "-o", "loop", str(image), str(mountpoint)], capture_output=True, text=True)
     if done.returncode != 0:
