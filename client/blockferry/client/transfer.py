@@ -55,7 +55,12 @@ class Transfer:
         self._source = source
         self._session = session
         self._stream = stream
-        self._plan = plan
+        # Invariant 1: only the very same immutable snapshot need not be looked at again.
+        done = session.durable if source.snapshot_id else BitMap()
+        self._compare_regions, self._send_regions = plan.compare - done, plan.send - done
+        tally.equal += len(plan.compare & done) + len(plan.send & done)
+        self._unmap_regions = plan.unmap
+        self._settling = bool(source.snapshot_id)
         self._geometry = plan.geometry
         self._phase = phase
         self._tally = tally
@@ -65,7 +70,10 @@ class Transfer:
 
     async def run(self) -> None:
         """Carry out the plan; returns when every change is applied and every checked region has its digest."""
-        self._phase.total = self._plan.bytes_to_read + self._geometry.bytes_in(self._plan.unmap)
+        self._phase.total = sum(
+            self._geometry.bytes_in(regions)
+            for regions in (self._compare_regions, self._send_regions, self._unmap_regions)
+        )
         try:
             async with asyncio.TaskGroup() as tasks:
                 await self._unmap()
@@ -79,8 +87,8 @@ class Transfer:
 
     def _batches(self) -> Iterable[tuple[int, int, bool]]:
         """(first region, count, compare?) in ascending order, so that both disks are read in order."""
-        compare = ((first, count, True) for first, count in self._split(self._plan.compare))
-        send = ((first, count, False) for first, count in self._split(self._plan.send))
+        compare = ((first, count, True) for first, count in self._split(self._compare_regions))
+        send = ((first, count, False) for first, count in self._split(self._send_regions))
         return heapq.merge(compare, send)
 
     def _split(self, regions: BitMap) -> Iterable[Run]:
@@ -103,7 +111,7 @@ class Transfer:
 
     async def _unmap(self) -> None:
         most = UNMAP_SIZE // self._geometry.region_size
-        for first, count in split_runs(runs_of(self._plan.unmap, self._geometry.count), most):
+        for first, count in split_runs(runs_of(self._unmap_regions, self._geometry.count), most):
             offset, length = self._geometry.extent(first, count)
             change = pb.Change(unmap=pb.UnmapRegionRequest(offset=offset, length=length))
             await self._stream.send([change], UNMAP_WEIGHT, 0)
@@ -120,6 +128,7 @@ class Transfer:
                 await self._send_region(start, region, writes=extents)
             else:
                 self._tally.zero += 1
+                self._settle(start)
 
     # --- both: compare, then send what differs ---------------------------------------------------------------------
 
@@ -131,6 +140,8 @@ class Transfer:
         differing = differing_pieces(ours, theirs, REGION_DIGEST_SIZE)
         self._tally.equal += count - len(differing)
         self._tally.changed += len(differing)
+        for index in {*range(count)} - {*differing} if self._settling else ():
+            self._settle(offset + index * self._geometry.region_size)
         if not differing:
             return
         regions = list(self._regions(offset, data))
@@ -147,6 +158,10 @@ class Transfer:
         for (start, region), wanted, runs in zip(chosen, expected, blocks, strict=True):
             writes, zeros = await in_thread(_writes_and_zeros, region, runs)
             await self._send_region(start, region, writes=writes, zeros=zeros, wanted=wanted)
+
+    def _settle(self, offset: int) -> None:
+        if self._settling:
+            self._stream.settle(offset // self._geometry.region_size, 1)
 
     async def _read_and_digest(self, offset: int, data: memoryview) -> bytes:
         await self._read(offset, data)

@@ -11,6 +11,7 @@ import enum
 import errno
 import fcntl
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,42 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def reflink(source_fd: int, target_fd: int) -> None:
     """Make the target share all extents of the source (FICLONE); raise OSError where the file system cannot."""
     fcntl.ioctl(target_fd, _FICLONE, source_fd)
+
+
+_FS_IOC_FIEMAP = 0xC020660B
+_FIEMAP_HEADER = struct.Struct("=QQIIII")
+_FIEMAP_EXTENT = struct.Struct("=QQQQQIIII")
+_FIEMAP_LAST = 0x0001
+_FIEMAP_SHARED = 0x2000
+_FIEMAP_BATCH = 512
+
+
+def extents(fd: int) -> Iterator[tuple[int, int, int, int]]:
+    """(logical, physical, length, flags) of every extent of a file, by FIEMAP; raise OSError where it is unknown."""
+    buffer = bytearray(_FIEMAP_HEADER.size + _FIEMAP_BATCH * _FIEMAP_EXTENT.size)
+    start = 0
+    while True:
+        _FIEMAP_HEADER.pack_into(buffer, 0, start, (1 << 64) - 1 - start, 0, 0, _FIEMAP_BATCH, 0)
+        fcntl.ioctl(fd, _FS_IOC_FIEMAP, buffer)
+        mapped = _FIEMAP_HEADER.unpack_from(buffer)[3]
+        for index in range(mapped):
+            found = _FIEMAP_EXTENT.unpack_from(buffer, _FIEMAP_HEADER.size + index * _FIEMAP_EXTENT.size)
+            yield found[0], found[1], found[2], found[5]
+            start = found[0] + found[2]
+            if found[5] & _FIEMAP_LAST:
+                return
+        if mapped == 0:
+            return
+
+
+def unshared_bytes(fd: int) -> int:
+    """Bytes of disk that would be freed if this file alone were deleted: those no clone shares."""
+    try:
+        return sum(length for _, _, length, flags in extents(fd) if not flags & _FIEMAP_SHARED)
+    except OSError as error:
+        if error.errno in NOT_SUPPORTED:
+            return os.fstat(fd).st_blocks * 512
+        raise
 
 
 def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import uvloop
-from blockferry.common import rpc, telemetry
+from blockferry.common import retention, rpc, telemetry
 from blockferry.common.errors import BlockferryError
 from blockferry.server.pool import Pool
 from blockferry.server.replicas import ReplicasService
@@ -36,8 +36,22 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         metavar="ADDRESS",
         help=f"grpc://HOST:PORT (port 0: any free one) or grpc+unix:///SOCKET; repeatable (default {DEFAULT_LISTEN})",
     )
+    parser.add_argument(
+        "--keep-at-least",
+        type=_retention,
+        default=retention.DEFAULT,
+        metavar="RULES",
+        help="recovery points that no source can give up, such as last=3,daily=7 (default last=3)",
+    )
     parser.add_argument("--insecure", action="store_true", help="allow plaintext on addresses other machines can reach")
     return parser.parse_args(argv)
+
+
+def _retention(text: str) -> retention.Retention:
+    try:
+        return retention.parse(text)
+    except BlockferryError as error:
+        raise argparse.ArgumentTypeError(error.line()) from error
 
 
 async def serve(arguments: argparse.Namespace) -> None:
@@ -47,7 +61,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
-    pool = await Pool.open("main", arguments.pool.absolute(), LEASE_SECONDS)
+    pool = await Pool.open("main", arguments.pool.absolute(), LEASE_SECONDS, arguments.keep_at_least)
     try:
         server = rpc.make_server()
         services = {
