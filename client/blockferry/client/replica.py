@@ -15,6 +15,7 @@ from blockferry.common.address import Address
 from blockferry.common.digests import digest_size
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import ByteBudget, RateLimiter
+from blockferry.common.framing import Outgoing, encode_request
 from blockferry.common.regions import AllocationMap, Run
 from blockferry.common.retention import Retention
 from blockferry.common.rpc import Connection
@@ -191,33 +192,31 @@ class ChangeStream:
             self._call.cancel()
             await asyncio.gather(self._acknowledging, return_exceptions=True)
 
-    async def send(self, changes: Sequence[pb.Change], weight: int, payload: int) -> None:
-        """Send changes that weigh `weight` bytes on the wire, `payload` of them data; waits while too much is in
-        flight."""
+    async def send(self, changes: Sequence[Outgoing]) -> None:
+        """Send changes in one message; waits while too much is in flight."""
+        weight = sum(change.size for change in changes)
         await self.budget.acquire(weight)
         try:
             await self._limiter.acquire(weight)
             async with self._writing:
                 self._raise_failure()
                 self._sequence += 1
-                request = pb.ApplyChangesRequest(
-                    sequence=self._sequence, changes=changes, settled=runs_to_wire(self._unsaid)
-                )
+                head = pb.ApplyChangesRequest(sequence=self._sequence, settled=runs_to_wire(self._unsaid))
                 self._unsaid.clear()
                 if self._sequence == 1:
-                    request.session.CopyFrom(self._session.ref)
+                    head.session.CopyFrom(self._session.ref)
                 if not self._unacknowledged:
                     self._heard = time.monotonic()
                 self._unacknowledged.append((self._sequence, weight))
                 self._settled.clear()
                 with self._connection.translated():
-                    await self._call.write(request)
+                    await self._call.write(encode_request(head, changes))
         except asyncio.InvalidStateError:
             # gRPC's answer to a write on a stream that the server has ended; the reason comes with the answers.
             await self._settled.wait()
             self._raise_failure()
             raise
-        self._tally.data_sent += payload
+        self._tally.data_sent += sum(change.payload for change in changes)
 
     def settle(self, first: int, count: int) -> None:
         """Say with the next message that these regions need no change."""
@@ -227,7 +226,7 @@ class ChangeStream:
         """Renew the lease while there is nothing else to say."""
         while True:
             await asyncio.sleep(self._session.lease_seconds / 3)
-            await self.send([], 0, 0)
+            await self.send([])
 
     def stalled(self) -> str:
         """What to tell people while the destination does not keep up; empty if it does."""

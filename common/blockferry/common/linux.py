@@ -97,6 +97,19 @@ def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         yield data, position - data
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEEP_BYTES = 32 * 1024 * 1024
+"""The largest value glibc takes for M_MMAP_THRESHOLD."""
+
+
+def tune_malloc() -> None:
+    """Let glibc keep freed message buffers instead of giving them back to the kernel: faulting fresh pages in again is
+    otherwise the largest cost of a copy (mallopt(3)). Elsewhere than on glibc this does nothing."""
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
+        _libc.mallopt(_M_TRIM_THRESHOLD, 2 * _KEEP_BYTES)
+
+
 class Zeroing(enum.Enum):
     """Ways to make a range of a file read as zeros, best first."""
 

@@ -64,8 +64,9 @@ def check_unmap(name: str, geometry: Geometry, request: pb.UnmapRegionRequest) -
         raise _refuse(name, offset, length, "cannot unmap", f"it is not whole regions of {geometry.region_size} bytes")
 
 
-def check_write(name: str, geometry: Geometry, request: pb.WriteRegionRequest) -> None:
-    """Raise INVALID_ARGUMENT unless the request names one region and extents inside it that match the data."""
+def check_write(name: str, geometry: Geometry, request: pb.WriteRegionRequest, received: int) -> None:
+    """Raise INVALID_ARGUMENT unless the request names one region and extents inside it that match the `received`
+    bytes of data."""
     offset, length = request.offset, request.length
     if offset >= geometry.size or offset % geometry.region_size:
         raise _refuse(name, offset, length, "cannot write", f"no region of {geometry.region_size} bytes starts there")
@@ -75,10 +76,8 @@ def check_write(name: str, geometry: Geometry, request: pb.WriteRegionRequest) -
     _check_extents(name, request, request.writes)
     _check_extents(name, request, request.zeros)
     total = sum(extent.length for extent in request.writes)
-    if total != len(request.data):
-        raise _refuse(
-            name, offset, length, "cannot write", f"{len(request.data)} bytes of data came for extents of {total}"
-        )
+    if total != received:
+        raise _refuse(name, offset, length, "cannot write", f"{received} bytes of data came for extents of {total}")
     if request.digest and len(request.digest) != REGION_DIGEST_SIZE:
         raise _refuse(name, offset, length, "cannot write", f"a digest has {REGION_DIGEST_SIZE} bytes")
     if request.writes and request.zeros:
@@ -101,10 +100,11 @@ def _check_extents(name: str, request: pb.WriteRegionRequest, extents: Sequence[
         end = extent.offset + extent.length
 
 
-async def write_region(volume: Volume, key: bytes, request: pb.WriteRegionRequest, *, was_zero: bool) -> Result:
+async def write_region(
+    volume: Volume, key: bytes, request: pb.WriteRegionRequest, data: memoryview, *, was_zero: bool
+) -> Result:
     """Apply a checked request. `was_zero`: the region is proven to read as zeros before the change."""
     result = Result()
-    data = memoryview(request.data)
     writes: list[tuple[int, memoryview]] = []
     position = 0
     for extent in request.writes:
@@ -127,7 +127,7 @@ async def write_region(volume: Volume, key: bytes, request: pb.WriteRegionReques
         await volume.read_into(request.offset, present)
         result.digest = await in_thread(digest, present, key)
         result.mismatch = result.digest != request.digest
-    elif len(request.data) == request.length:
+    elif len(data) == request.length:
         result.digest = await in_thread(digest, data, key)
     elif was_zero:
         result.digest = await in_thread(_digest_of_sparse, request.length, writes, key)

@@ -16,6 +16,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import ByteBudget
+from blockferry.common.framing import Incoming, decode_request
 from blockferry.common.wire import runs_from_wire
 from blockferry.server.apply import Result
 from blockferry.server.replica import Replica
@@ -36,7 +37,7 @@ class ChangeReceiver:
         self._replica = replica
         self._ref = ref
         self._budget = budget
-        self._queue: asyncio.Queue[tuple[pb.ApplyChangesRequest, int] | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._pending: pb.ApplyChangesResponse | None = None
         self._wake = asyncio.Event()
         self._flush_due = asyncio.Event()
@@ -46,7 +47,7 @@ class ChangeReceiver:
         self._expected = 1
 
     async def responses(
-        self, first: pb.ApplyChangesRequest, requests: AsyncIterator[pb.ApplyChangesRequest]
+        self, first: bytes, requests: AsyncIterator[bytes]
     ) -> AsyncGenerator[pb.ApplyChangesResponse, None]:
         """Acknowledgements, as many as there is something to say; ends when all requests are applied."""
         receive = asyncio.create_task(self._receive(first, requests), name="receive")
@@ -74,28 +75,27 @@ class ChangeReceiver:
             while not self._queue.empty():
                 item = self._queue.get_nowait()
                 if item is not None:
-                    self._budget.release(item[1])
+                    self._budget.release(len(item))
 
-    async def _receive(self, first: pb.ApplyChangesRequest, requests: AsyncIterator[pb.ApplyChangesRequest]) -> None:
+    async def _receive(self, first: bytes, requests: AsyncIterator[bytes]) -> None:
         await self._take(first)
         async for request in requests:
             await self._take(request)
         self._queue.put_nowait(None)
 
-    async def _take(self, request: pb.ApplyChangesRequest) -> None:
-        weight = request.ByteSize()
-        await self._budget.acquire(weight)
-        self._queue.put_nowait((request, weight))
+    async def _take(self, message: bytes) -> None:
+        await self._budget.acquire(len(message))
+        self._queue.put_nowait(message)
 
     async def _apply(self) -> None:
-        while (item := await self._queue.get()) is not None:
-            request, weight = item
+        while (message := await self._queue.get()) is not None:
             try:
-                await self._apply_one(request, weight)
+                await self._apply_one(message)
             finally:
-                self._budget.release(weight)
+                self._budget.release(len(message))
 
-    async def _apply_one(self, request: pb.ApplyChangesRequest, weight: int) -> None:
+    async def _apply_one(self, message: bytes) -> None:
+        request, changes = decode_request(message)
         if request.sequence != self._expected:
             raise BlockferryError(
                 Code.INVALID_ARGUMENT,
@@ -114,18 +114,18 @@ class ChangeReceiver:
             )
         self._expected += 1
         response = self._response()
-        if not request.changes:
+        if not changes:
             await self._replica.renew(self._ref)
-        for change in request.changes:
-            result = await apply_change(self._replica, self._ref, change)
+        for change in changes:
+            result = await _apply_change(self._replica, self._ref, change)
             response = self._response()
             result.add_to(response.totals)
-            if result.mismatch:
-                response.mismatched_offsets.append(change.write.offset)
+            if result.mismatch and change.request is not None:
+                response.mismatched_offsets.append(change.request.offset)
         if request.settled:
             await self._replica.settle(self._ref, list(runs_from_wire(request.settled)))
         self._applied = self._response().received = request.sequence
-        self._unflushed += weight
+        self._unflushed += len(message)
         if request.flush or self._unflushed >= CHECKPOINT_BYTES:
             self._flush_due.set()
         self._wake.set()
@@ -151,13 +151,12 @@ class ChangeReceiver:
         return self._pending
 
 
-async def apply_change(replica: Replica, ref: pb.SessionRef, change: pb.Change) -> Result:
-    """Apply a change, whichever way it came."""
-    match change.WhichOneof("change"):
-        case "write":
-            return await replica.write_region(change.write, ref)
-        case "unmap":
-            return await replica.unmap_region(change.unmap, ref)
+async def _apply_change(replica: Replica, ref: pb.SessionRef, change: Incoming) -> Result:
+    match change.request:
+        case pb.WriteRegionRequest() as write:
+            return await replica.write_region(write, change.data, ref)
+        case pb.UnmapRegionRequest() as unmap:
+            return await replica.unmap_region(unmap, ref)
         case _:
             raise BlockferryError(
                 Code.INVALID_ARGUMENT,

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import uvloop
-from blockferry.common import retention, rpc, telemetry
+from blockferry.common import linux, retention, rpc, telemetry
 from blockferry.common.errors import BlockferryError
 from blockferry.server.pool import Pool
 from blockferry.server.replicas import ReplicasService
@@ -69,7 +69,7 @@ async def serve(arguments: argparse.Namespace) -> None:
             replicas_pb2.DESCRIPTOR.services_by_name["Replicas"]: ReplicasService(pool),
         }
         for descriptor, servicer in services.items():
-            rpc.add_service(server, descriptor, servicer)
+            rpc.add_service(server, descriptor, servicer, raw=getattr(servicer, "RAW_METHODS", ()))
         await _add_health_and_reflection(server, [descriptor.full_name for descriptor in services])
 
         addresses = [rpc.bind(server, uri, insecure=arguments.insecure) for uri in arguments.listen or [DEFAULT_LISTEN]]
@@ -94,6 +94,7 @@ def main() -> int:
     """Entry point of the console script."""
     arguments = _arguments(sys.argv[1:])
     telemetry.configure_logging()
+    linux.tune_malloc()
     try:
         uvloop.run(serve(arguments))
     except BlockferryError as error:

@@ -244,10 +244,10 @@ class Replica:
             if region not in changed:
                 session.digests.put(region, found[index * size : (index + 1) * size])
 
-    async def write_region(self, request: pb.WriteRegionRequest, ref: pb.SessionRef) -> apply.Result:
-        """Check and apply one change."""
+    async def write_region(self, request: pb.WriteRegionRequest, data: memoryview, ref: pb.SessionRef) -> apply.Result:
+        """Check and apply one change. `data` is the request's data, which may be a view of a larger message."""
         async with self._using(ref) as session, session.applying:
-            apply.check_write(self.name, session.geometry, request)
+            apply.check_write(self.name, session.geometry, request, len(data))
             region = request.offset // session.geometry.region_size
             was_zero = session.allocated is not None and region not in session.allocated
             session.change(region, 1)
@@ -255,7 +255,7 @@ class Replica:
                 session.allocated.add(region)
             result = await self._survive(
                 session,
-                apply.write_region(session.volume, self.store.identity.key, request, was_zero=was_zero),
+                apply.write_region(session.volume, self.store.identity.key, request, data, was_zero=was_zero),
             )
             if result.digest is not None:
                 session.digests.put(region, result.digest)

@@ -11,6 +11,7 @@ from blockferry.common.address import check_volume_name
 from blockferry.common.digests import KEY_SIZE, PIECE_SIZE
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import ByteBudget
+from blockferry.common.framing import decode_request
 from blockferry.common.regions import BLOCK_SIZE, Geometry, Run, check_region_size, runs_of, split_runs
 from blockferry.common.wire import (
     PROTOCOL_VERSION,
@@ -35,6 +36,8 @@ COMMIT_ID_SIZE = 16
 
 class ReplicationService:
     """Serves `blockferry.v1.Replication` over one pool."""
+
+    RAW_METHODS = ("ApplyChanges",)
 
     def __init__(self, pool: Pool, bytes_in_flight: int) -> None:
         self._pool = pool
@@ -109,7 +112,8 @@ class ReplicationService:
 
     async def WriteRegion(self, request: pb.WriteRegionRequest, _: Context) -> pb.WriteRegionResponse:
         response = pb.WriteRegionResponse()
-        result = await self._by_session(request.session).write_region(request, request.session)
+        replica = self._by_session(request.session)
+        result = await replica.write_region(request, memoryview(request.data), request.session)
         result.add_to(response.result)
         return response
 
@@ -119,21 +123,20 @@ class ReplicationService:
         result.add_to(response.result)
         return response
 
-    async def ApplyChanges(
-        self, requests: AsyncIterator[pb.ApplyChangesRequest], _: Context
-    ) -> AsyncIterator[pb.ApplyChangesResponse]:
+    async def ApplyChanges(self, requests: AsyncIterator[bytes], _: Context) -> AsyncIterator[pb.ApplyChangesResponse]:
         first = await anext(requests, None)
         if first is None:
             return
-        replica = self._by_session(first.session)
-        receiver = ChangeReceiver(replica, first.session, self._budget)
+        ref = decode_request(first)[0].session
+        replica = self._by_session(ref)
+        receiver = ChangeReceiver(replica, ref, self._budget)
         try:
             async with contextlib.aclosing(receiver.responses(first, requests)) as responses:
                 async for response in responses:
                     yield response
         except BaseException:
             # The client is gone or must start over: it will not use its lease. After a clean end it goes on to commit.
-            replica.release(first.session)
+            replica.release(ref)
             raise
 
     async def CommitSessions(self, request: pb.CommitSessionsRequest, _: Context) -> pb.CommitSessionsResponse:
