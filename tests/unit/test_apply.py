@@ -46,6 +46,14 @@ def write_request(
     )
 
 
+def check(request: pb.WriteRegionRequest) -> None:
+    apply.check_write("db", GEOMETRY, request, len(request.data))
+
+
+async def write(volume: MemoryVolume, request: pb.WriteRegionRequest, *, was_zero: bool = False) -> apply.Result:
+    return await apply.write_region(volume, KEY, request, memoryview(request.data), was_zero=was_zero)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------
 
 BAD_UNMAPS = [
@@ -131,7 +139,7 @@ BAD_WRITES = [
 @pytest.mark.parametrize("request_", BAD_WRITES)
 def test_a_bad_write_is_refused(request_: pb.WriteRegionRequest) -> None:
     with pytest.raises(BlockferryError) as caught:
-        apply.check_write("db", GEOMETRY, request_)
+        check(request_)
     error = caught.value
     assert (error.code, error.volume) == (Code.INVALID_ARGUMENT, "db")
     assert (error.offset, error.length) == (request_.offset, request_.length)
@@ -151,7 +159,7 @@ def test_a_bad_write_is_refused(request_: pb.WriteRegionRequest) -> None:
     ],
 )
 def test_a_good_write_is_accepted(request_: pb.WriteRegionRequest) -> None:
-    apply.check_write("db", GEOMETRY, request_)
+    check(request_)
 
 
 @given(
@@ -167,11 +175,11 @@ async def test_whatever_is_accepted_stays_inside_its_region(
     request = write_request(offset, length, writes=writes, zeros=zeros, data=data)
     volume = MemoryVolume(bytes(SIZE))
     try:
-        apply.check_write("db", GEOMETRY, request)
+        check(request)
     except BlockferryError:
         return
     # The recording volume fails on any operation outside itself.
-    result = await apply.write_region(volume, KEY, request)
+    result = await write(volume, request)
     assert result.written == len(data)
     assert all(offset <= start and start + size <= offset + length for _, start, size in volume.operations)
 
@@ -187,7 +195,7 @@ def patterned(size: int = SIZE) -> bytes:
 async def test_a_write_does_what_it_says_and_nothing_else() -> None:
     volume = MemoryVolume(patterned())
     request = write_request(REGION, writes=[(B, 2 * B), (8 * B, B)], zeros=[(4 * B, 2 * B)], data=b"n" * 3 * B)
-    result = await apply.write_region(volume, KEY, request)
+    result = await write(volume, request)
     expected = bytearray(patterned())
     expected[REGION + B : REGION + 3 * B] = b"n" * 2 * B
     expected[REGION + 8 * B : REGION + 9 * B] = b"n" * B
@@ -210,15 +218,43 @@ async def test_the_digest_is_checked_after_the_change(offset: int, length: int, 
     if spoiled:
         volume.data[offset + length - 1] ^= 1
     request = write_request(offset, length, writes=[(0, B)], data=b"n" * B, digest=digest(wanted, KEY))
-    result = await apply.write_region(volume, KEY, request)
-    assert result == apply.Result(mismatch=spoiled, written=B, unmapped=0, read=length)
+    result = await write(volume, request)
+    holds = digest(volume.data[offset : offset + length], KEY)
+    assert result == apply.Result(mismatch=spoiled, written=B, unmapped=0, read=length, digest=holds)
     assert volume.operations == [("write", offset, B), ("read", offset, length)]
 
 
 async def test_a_digest_under_another_key_is_a_mismatch() -> None:
     volume = MemoryVolume(patterned())
     request = write_request(digest=digest(volume.data[:REGION], bytes(32)))
-    assert (await apply.write_region(volume, KEY, request)).mismatch
+    assert (await write(volume, request)).mismatch
+
+
+@pytest.mark.parametrize("uncompared", [False, True])
+@pytest.mark.parametrize(
+    ("was_zero", "writes", "known"),
+    [
+        pytest.param(False, [(0, TAIL)], True, id="whole region"),
+        pytest.param(False, [(0, 100), (100, TAIL - 100)], True, id="whole region in pieces"),
+        pytest.param(False, [(0, B)], False, id="part of a region with unknown rest"),
+        pytest.param(False, [], False, id="nothing"),
+        pytest.param(True, [(0, B)], True, id="part of a region that was zero"),
+        pytest.param(True, [(5, 7), (4990, 10)], True, id="odd pieces of a region that was zero"),
+        pytest.param(True, [], True, id="nothing in a region that was zero"),
+    ],
+)
+async def test_the_digest_of_a_region_is_learnt_without_reading_and_is_true(
+    was_zero: bool, writes: Extents, known: bool, uncompared: bool
+) -> None:
+    content = bytearray(patterned())
+    if was_zero:
+        content[4 * REGION :] = bytes(TAIL)
+    volume = MemoryVolume(bytes(content))
+    data = os.urandom(sum(size for _, size in writes))
+    request = write_request(4 * REGION, TAIL, writes=writes, data=data, uncompared=uncompared)
+    result = await write(volume, request, was_zero=was_zero)
+    assert result.digest == (digest(volume.data[4 * REGION :], KEY) if known else None)
+    assert result.read == (TAIL if uncompared else 0)
 
 
 @st.composite
@@ -249,8 +285,8 @@ async def test_an_uncompared_write_touches_only_blocks_that_differ(drawn: tuple[
     volume = MemoryVolume(bytes(content))
     data = b"".join(news[start : start + size] for start, size in extents)
     request = write_request(offset, len(present), writes=extents, data=data, uncompared=True)
-    apply.check_write("db", GEOMETRY, request)
-    result = await apply.write_region(volume, KEY, request)
+    check(request)
+    result = await write(volume, request)
 
     differing: set[int] = set()
     for start, size in extents:
@@ -272,8 +308,8 @@ async def test_an_uncompared_write_of_what_is_there_writes_nothing() -> None:
     volume = MemoryVolume(patterned())
     same = bytes(volume.data[REGION : 2 * REGION])
     request = write_request(REGION, writes=[(0, REGION)], data=same, digest=digest(same, KEY), uncompared=True)
-    result = await apply.write_region(volume, KEY, request)
-    assert result == apply.Result(mismatch=False, written=0, unmapped=0, read=2 * REGION)
+    result = await write(volume, request)
+    assert result == apply.Result(mismatch=False, written=0, unmapped=0, read=2 * REGION, digest=digest(same, KEY))
     assert volume.operations == [("read", REGION, REGION), ("read", REGION, REGION)]
 
 
@@ -283,7 +319,7 @@ async def test_differing_neighbours_are_written_together() -> None:
     for block in (0, 1, 2, 7, 15):
         news[block * B] ^= 1
     request = write_request(writes=[(0, REGION)], data=bytes(news), uncompared=True)
-    assert (await apply.write_region(volume, KEY, request)).written == 5 * B
+    assert (await write(volume, request)).written == 5 * B
     assert volume.of("write") == [(0, 3 * B), (7 * B, B), (15 * B, B)]
 
 
@@ -326,7 +362,7 @@ async def test_zeros_of_a_write_compare_first_where_they_must_be_written() -> No
     content = bytearray(patterned())
     content[B : 3 * B] = bytes(2 * B)
     volume = MemoryVolume(bytes(content), zeroing="write")
-    result = await apply.write_region(volume, KEY, write_request(zeros=[(0, 4 * B)]))
+    result = await write(volume, write_request(zeros=[(0, 4 * B)]))
     assert result == apply.Result(unmapped=2 * B, read=4 * B)
     assert volume.operations == [("read", 0, 4 * B), ("unmap", 0, B), ("unmap", 3 * B, B)]
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 KEY = bytes(range(KEY_SIZE))
 
-ODD_SIZES = [0, 1, 511, 4095, 4096, 4097, 8191, 65535, 65536, 65537, 131071, 131072, 135168, 140001]
+ODD_SIZES = [0, 1, 511, 4095, 4096, 4097, 65535, 65536, 65537, 135168, 140001, 2**20 - 1, 2**20, 2**20 + 1, 3 * 2**20]
 
 
 @st.composite
@@ -42,13 +42,16 @@ def test_is_zero_looks_at_every_byte(data: bytearray) -> None:
 
 @pytest.mark.parametrize("size", ODD_SIZES[1:])
 def test_one_byte_anywhere_at_an_edge_is_seen(size: int) -> None:
-    for position in {0, size // 2, size - 1, size - size % PIECE_SIZE - 1, size - size % BLOCK_SIZE} & set(range(size)):
-        data = bytearray(size)
-        assert is_zero(memoryview(data))
+    edges = {edge + step for edge in range(0, size + 1, PIECE_SIZE) for step in (-1, 0)} | {size // 2, size - 1}
+    data = bytearray(size)
+    assert is_zero(memoryview(data))
+    assert list(nonzero_extents(memoryview(data))) == []
+    for position in edges & set(range(size)):
         data[position] = 1
         assert not is_zero(memoryview(data))
         start = position - position % BLOCK_SIZE
         assert list(nonzero_extents(memoryview(data))) == [(start, min(BLOCK_SIZE, size - start))]
+        data[position] = 0
 
 
 @given(sparse())

@@ -10,7 +10,8 @@ import secrets
 from pathlib import Path
 
 import msgspec
-from blockferry.common.durable import fsync_directory, write_atomic
+from blockferry.common import disk
+from blockferry.common.durable import write_atomic
 from blockferry.common.errors import from_os_error
 
 COMMIT_ID_SIZE = 16
@@ -24,7 +25,6 @@ class CommitRecord(msgspec.Struct, frozen=True):
     source: str
     commit_id: str
     confirmed: bool = False
-    generation: int = 0
 
 
 def default_state_directory() -> Path:
@@ -49,15 +49,21 @@ class CommitLedger:
             created = not self._directory.exists()
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             if created:
-                fsync_directory(self._directory.parent)
+                disk.fsync_directory(self._directory.parent)
             self._write(record)
         except OSError as error:
             raise from_os_error(error, f"cannot keep the commit id in {self._directory}", volume=volume) from error
         return record
 
-    def confirm(self, record: CommitRecord, generation: int) -> None:
+    def confirm(self, record: CommitRecord) -> None:
         """Note that the commit happened."""
-        self._write(msgspec.structs.replace(record, confirmed=True, generation=generation))
+        self._write(msgspec.structs.replace(record, confirmed=True))
+
+    def reconcile(self, replica_uuid: bytes, newest_commit_id: bytes) -> None:
+        """Where the answer to the last commit was lost, learn from the replica that it happened."""
+        last = self.last(replica_uuid)
+        if last is not None and not last.confirmed and last.commit_id == newest_commit_id.hex():
+            self.confirm(last)
 
     def last(self, replica_uuid: bytes) -> CommitRecord | None:
         """The last commit asked for, or None where nothing usable is known."""

@@ -37,9 +37,9 @@ class Refiner:
         """Whether asking for block digests is likely to pay."""
         return self._unasked == 0
 
-    def sent_whole(self) -> None:
-        """Note a region that was sent without asking."""
-        self._unasked = max(self._unasked - 1, 0)
+    def sent_whole(self, count: int) -> None:
+        """Note regions that were sent without asking."""
+        self._unasked = max(self._unasked - count, 0)
 
     async def differing_blocks(self, regions: Sequence[tuple[int, memoryview]], ask: AskDigests) -> list[list[Run]]:
         """For each (offset in the volume, our bytes) the runs of blocks, numbered within the region, that differ."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -14,10 +15,19 @@ from blockferry.common.address import Address
 from blockferry.common.digests import digest_size
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import ByteBudget, RateLimiter
+from blockferry.common.framing import Outgoing, encode_request
 from blockferry.common.regions import AllocationMap, Run
+from blockferry.common.retention import Retention
 from blockferry.common.rpc import Connection
-from blockferry.common.wire import PROTOCOL_VERSION, map_from_messages, runs_to_wire
+from blockferry.common.wire import PROTOCOL_VERSION, map_from_messages, retention_to_wire, runs_to_wire
 from blockferry.v1 import replication_pb2 as pb
+from pyroaring import BitMap
+
+COMMIT_RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0)
+"""Pauses between attempts to learn whether a commit happened: a server that restarts is back within them."""
+
+STALL_SECONDS = 3.0
+"""Without an acknowledgement for this long people are told that the destination does not keep up."""
 
 
 class ReplicaSession:
@@ -32,6 +42,11 @@ class ReplicaSession:
         self.replica_uuid = opened.replica_uuid
         self.lease_seconds = opened.lease_ms / 1000
         self.bytes_in_flight = opened.bytes_in_flight
+        self.newest_commit_id = opened.commit_id
+        self.durable = BitMap()
+        """Regions that are durable from an interrupted session of the same immutable snapshot."""
+        for run in opened.durable_regions:
+            self.durable.add_range(run.first, run.first + run.count)
 
     @classmethod
     async def open(
@@ -42,6 +57,7 @@ class ReplicaSession:
         *,
         region_size: int = 0,
         grow: bool = False,
+        in_place: bool = False,
         snapshot_id: str = "",
     ) -> ReplicaSession:
         """Take the replica for writing; it is created if it does not exist."""
@@ -60,6 +76,7 @@ class ReplicaSession:
                 size=size,
                 region_size=region_size,
                 grow=grow,
+                in_place=in_place,
                 client=f"{socket.gethostname()} (process {os.getpid()})",
                 snapshot_id=snapshot_id,
             ),
@@ -95,12 +112,26 @@ class ReplicaSession:
             )
         return joined
 
-    async def commit(self, commit_id: bytes) -> pb.Committed:
-        """Ask for the commit. `commit_id` must be durable at the source before."""
+    async def commit(self, commit_id: bytes, keep: Retention | None) -> pb.Committed:
+        """Ask for the commit. `commit_id` must be durable at the source before. Where the answer is lost it is asked
+        for again: a commit id commits once."""
         request = pb.CommitSessionsRequest()
-        request.commits.add(session=self.ref, volume=self.volume, commit_id=commit_id)
-        response = await self._connection.call("Replication/CommitSessions", request, pb.CommitSessionsResponse)
-        return response.commits[0]
+        request.commits.add(
+            session=self.ref,
+            volume=self.volume,
+            commit_id=commit_id,
+            keep=retention_to_wire(keep) if keep is not None else None,
+        )
+        for pause in (*COMMIT_RETRY_SECONDS, None):
+            try:
+                response = await self._connection.call("Replication/CommitSessions", request, pb.CommitSessionsResponse)
+            except BlockferryError as error:
+                if error.code is not Code.UNAVAILABLE or pause is None:
+                    raise
+                await asyncio.sleep(pause)
+            else:
+                return response.commits[0]
+        raise AssertionError
 
     async def abort(self) -> None:
         """End the session without a commit, as far as the server can still be reached."""
@@ -134,13 +165,23 @@ class ChangeStream:
         self._mismatched: list[int] = []
         self._acknowledging: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
+        self._beating: asyncio.Task[None] | None = None
+        self._unsaid: list[Run] = []
+        self._heard = time.monotonic()
+        self.durable = 0
+        """Messages up to this one survive a power failure of the destination."""
 
     async def __aenter__(self) -> ChangeStream:
         self._acknowledging = asyncio.create_task(self._acknowledge(), name="acknowledgements")
+        self._beating = asyncio.create_task(self._beat(), name="heartbeat")
         return self
 
     async def __aexit__(self, kind: object, error: object, trace: object) -> None:
         assert self._acknowledging is not None
+        assert self._beating is not None
+        # Not while it writes: gRPC ends the whole call when a write is cancelled.
+        async with self._writing:
+            self._beating.cancel()
         if kind is None:
             with self._connection.translated():
                 await self._call.done_writing()
@@ -151,28 +192,48 @@ class ChangeStream:
             self._call.cancel()
             await asyncio.gather(self._acknowledging, return_exceptions=True)
 
-    async def send(self, changes: Sequence[pb.Change], weight: int, payload: int) -> None:
-        """Send changes that weigh `weight` bytes on the wire, `payload` of them data; waits while too much is in
-        flight."""
+    async def send(self, changes: Sequence[Outgoing]) -> None:
+        """Send changes in one message; waits while too much is in flight."""
+        weight = sum(change.size for change in changes)
         await self.budget.acquire(weight)
         try:
             await self._limiter.acquire(weight)
             async with self._writing:
                 self._raise_failure()
                 self._sequence += 1
-                request = pb.ApplyChangesRequest(sequence=self._sequence, changes=changes)
+                head = pb.ApplyChangesRequest(sequence=self._sequence, settled=runs_to_wire(self._unsaid))
+                self._unsaid.clear()
                 if self._sequence == 1:
-                    request.session.CopyFrom(self._session.ref)
+                    head.session.CopyFrom(self._session.ref)
+                if not self._unacknowledged:
+                    self._heard = time.monotonic()
                 self._unacknowledged.append((self._sequence, weight))
                 self._settled.clear()
                 with self._connection.translated():
-                    await self._call.write(request)
+                    await self._call.write(encode_request(head, changes))
         except asyncio.InvalidStateError:
             # gRPC's answer to a write on a stream that the server has ended; the reason comes with the answers.
             await self._settled.wait()
             self._raise_failure()
             raise
-        self._tally.data_sent += payload
+        self._tally.data_sent += sum(change.payload for change in changes)
+
+    def settle(self, first: int, count: int) -> None:
+        """Say with the next message that these regions need no change."""
+        self._unsaid.append((first, count))
+
+    async def _beat(self) -> None:
+        """Renew the lease while there is nothing else to say."""
+        while True:
+            await asyncio.sleep(self._session.lease_seconds / 3)
+            await self.send([])
+
+    def stalled(self) -> str:
+        """What to tell people while the destination does not keep up; empty if it does."""
+        silent = time.monotonic() - self._heard
+        if not self._unacknowledged or silent < STALL_SECONDS:
+            return ""
+        return f"waiting for the destination for {silent:.0f} s"
 
     async def drain(self) -> list[int]:
         """Wait until everything sent is applied; return the offsets of regions whose digest did not match."""
@@ -202,6 +263,8 @@ class ChangeStream:
             self._settled.set()
 
     def _take(self, response: pb.ApplyChangesResponse) -> None:
+        self._heard = time.monotonic()
+        self.durable = max(self.durable, response.durable)
         while self._unacknowledged and self._unacknowledged[0][0] <= response.received:
             self.budget.release(self._unacknowledged.popleft()[1])
         self._tally.destination_written += response.totals.bytes_written

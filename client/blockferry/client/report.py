@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from blockferry.client.plan import Plan
@@ -20,6 +21,8 @@ class Phase:
     total: int = 0
     done: int = 0
     over: bool = False
+    note: Callable[[], str] = str
+    """What people should know about it now; empty for nothing."""
 
 
 @dataclass

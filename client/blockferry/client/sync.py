@@ -12,9 +12,11 @@ from blockferry.client.replica import ChangeStream, ReplicaSession
 from blockferry.client.report import Progress, Stopwatch, Tally, sync_report
 from blockferry.client.transfer import BYTES_IN_FLIGHT, Transfer
 from blockferry.common.address import Address
+from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import RateLimiter
 from blockferry.common.regions import DEFAULT_REGION_SIZE, AllocationMap, Geometry, Provenance
+from blockferry.common.retention import Retention
 from blockferry.common.rpc import Connection
 from blockferry.common.volumes import Volume
 from blockferry.common.volumes.replica import fetch_map
@@ -31,6 +33,8 @@ class SyncOptions:
     grow: bool = False
     live: bool = False
     insecure: bool = False
+    in_place: bool = False
+    keep: Retention | None = None
     bytes_in_flight: int = BYTES_IN_FLIGHT
     state_directory: Path | None = None
 
@@ -79,9 +83,12 @@ async def sync(source: Volume, destination: Address, options: SyncOptions, progr
             source.size,
             region_size=options.region_size,
             grow=options.grow,
+            in_place=options.in_place,
             snapshot_id=source.snapshot_id,
         )
+        ledger = CommitLedger(options.state_directory or default_state_directory())
         try:
+            ledger.reconcile(session.replica_uuid, session.newest_commit_id)
             progress.start("map")
             ours, theirs = await asyncio.gather(source.allocation(session.region_size), session.allocation())
             decided = decide(ours, theirs)
@@ -91,16 +98,18 @@ async def sync(source: Volume, destination: Address, options: SyncOptions, progr
             stream = ChangeStream(
                 connection, session, RateLimiter(options.bwlimit), options.bytes_in_flight // 2, tally
             )
+            phase.note = stream.stalled
             async with stream:
                 await Transfer(source, session, stream, decided, options.bytes_in_flight // 2, phase, tally).run()
             await _refuse_resized_source(source)
             watch.lap("transfer")
 
             progress.start("commit")
-            ledger = CommitLedger(options.state_directory or default_state_directory())
             record = ledger.mint(session.replica_uuid, destination.volume, source.uri)
-            committed = await session.commit(bytes.fromhex(record.commit_id))
-            ledger.confirm(record, committed.generation)
+            crash_point("client-commit-minted")
+            committed = await session.commit(bytes.fromhex(record.commit_id), options.keep)
+            crash_point("client-commit-answered")
+            ledger.confirm(record)
             watch.lap("commit")
         except BaseException:
             await asyncio.shield(session.abort())

@@ -18,6 +18,7 @@ from blockferry.client.report import Phase, Tally
 from blockferry.common.digests import REGION_DIGEST_SIZE, differing_pieces, digest, digests, is_zero, nonzero_extents
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import BufferPool
+from blockferry.common.framing import Outgoing, encode_unmap, encode_write
 from blockferry.common.regions import BLOCK_SIZE, Run, runs_of, split_runs
 from blockferry.common.volumes import Volume, in_thread
 from blockferry.v1 import replication_pb2 as pb
@@ -32,8 +33,11 @@ BATCH_SIZE = 8 * 1024 * 1024
 UNMAP_SIZE = 1024 * 1024 * 1024
 """Bytes unmapped by one message, so that very long runs still show progress."""
 
-UNMAP_WEIGHT = 64
-"""Bytes an unmap counts for while it is in flight: about its size on the wire."""
+MESSAGE_SIZE = 1024 * 1024
+"""Bytes of changes gathered in one message; a single larger change goes alone. See docs/performance.md."""
+
+Region = tuple[int, memoryview]
+"""(offset in the volume, the region's bytes at the source)"""
 
 Handler = Callable[[int, int, int, memoryview], Awaitable[None]]
 """(first region, count, offset in bytes, buffer to fill)"""
@@ -55,7 +59,12 @@ class Transfer:
         self._source = source
         self._session = session
         self._stream = stream
-        self._plan = plan
+        # Invariant 1: only the very same immutable snapshot need not be looked at again.
+        done = session.durable if source.snapshot_id else BitMap()
+        self._compare_regions, self._send_regions = plan.compare - done, plan.send - done
+        tally.equal += len(plan.compare & done) + len(plan.send & done)
+        self._unmap_regions = plan.unmap
+        self._settling = bool(source.snapshot_id)
         self._geometry = plan.geometry
         self._phase = phase
         self._tally = tally
@@ -65,7 +74,10 @@ class Transfer:
 
     async def run(self) -> None:
         """Carry out the plan; returns when every change is applied and every checked region has its digest."""
-        self._phase.total = self._plan.bytes_to_read + self._geometry.bytes_in(self._plan.unmap)
+        self._phase.total = sum(
+            self._geometry.bytes_in(regions)
+            for regions in (self._compare_regions, self._send_regions, self._unmap_regions)
+        )
         try:
             async with asyncio.TaskGroup() as tasks:
                 await self._unmap()
@@ -79,8 +91,8 @@ class Transfer:
 
     def _batches(self) -> Iterable[tuple[int, int, bool]]:
         """(first region, count, compare?) in ascending order, so that both disks are read in order."""
-        compare = ((first, count, True) for first, count in self._split(self._plan.compare))
-        send = ((first, count, False) for first, count in self._split(self._plan.send))
+        compare = ((first, count, True) for first, count in self._split(self._compare_regions))
+        send = ((first, count, False) for first, count in self._split(self._send_regions))
         return heapq.merge(compare, send)
 
     def _split(self, regions: BitMap) -> Iterable[Run]:
@@ -103,23 +115,22 @@ class Transfer:
 
     async def _unmap(self) -> None:
         most = UNMAP_SIZE // self._geometry.region_size
-        for first, count in split_runs(runs_of(self._plan.unmap, self._geometry.count), most):
+        for first, count in split_runs(runs_of(self._unmap_regions, self._geometry.count), most):
             offset, length = self._geometry.extent(first, count)
-            change = pb.Change(unmap=pb.UnmapRegionRequest(offset=offset, length=length))
-            await self._stream.send([change], UNMAP_WEIGHT, 0)
+            await self._stream.send([encode_unmap(pb.UnmapRegionRequest(offset=offset, length=length))])
             self._phase.done += length
 
     # --- source only: send what is not zero ------------------------------------------------------------------------
 
     async def _send(self, first: int, count: int, offset: int, data: memoryview) -> None:
         await self._read(offset, data)
-        for start, region in self._regions(offset, data):
-            extents = await in_thread(_nonzero, region)
-            if extents:
-                self._tally.changed += 1
-                await self._send_region(start, region, writes=extents)
-            else:
-                self._tally.zero += 1
+        changes = await in_thread(_writes_of_nonzero, list(self._regions(offset, data)))
+        self._tally.changed += len(changes)
+        self._tally.zero += count - len(changes)
+        for start, _ in self._regions(offset, data) if self._settling else ():
+            if start not in changes:
+                self._settle(start)
+        await self._send_changes(list(changes.values()))
 
     # --- both: compare, then send what differs ---------------------------------------------------------------------
 
@@ -131,22 +142,29 @@ class Transfer:
         differing = differing_pieces(ours, theirs, REGION_DIGEST_SIZE)
         self._tally.equal += count - len(differing)
         self._tally.changed += len(differing)
+        for index in {*range(count)} - {*differing} if self._settling else ():
+            self._settle(offset + index * self._geometry.region_size)
         if not differing:
             return
         regions = list(self._regions(offset, data))
         expected = [ours[index * REGION_DIGEST_SIZE : (index + 1) * REGION_DIGEST_SIZE] for index in differing]
         chosen = [regions[index] for index in differing]
         if not self._refiner.asking:
-            for (start, region), wanted in zip(chosen, expected, strict=True):
-                self._refiner.sent_whole()
-                await self._send_whole(start, region, wanted)
+            self._refiner.sent_whole(len(chosen))
+            changes = [
+                (region, [_whole(region)], wanted, True) for region, wanted in zip(chosen, expected, strict=True)
+            ]
+            await self._send_changes(await in_thread(_encode_all, changes))
             return
         blocks = await self._refiner.differing_blocks(
             chosen, lambda piece_size, runs: self._session.digests(piece_size, runs, self._tally)
         )
-        for (start, region), wanted, runs in zip(chosen, expected, blocks, strict=True):
-            writes, zeros = await in_thread(_writes_and_zeros, region, runs)
-            await self._send_region(start, region, writes=writes, zeros=zeros, wanted=wanted)
+        changes = [(region, runs, wanted, False) for region, wanted, runs in zip(chosen, expected, blocks, strict=True)]
+        await self._send_changes(await in_thread(_encode_all, changes))
+
+    def _settle(self, offset: int) -> None:
+        if self._settling:
+            self._stream.settle(offset // self._geometry.region_size, 1)
 
     async def _read_and_digest(self, offset: int, data: memoryview) -> bytes:
         await self._read(offset, data)
@@ -157,7 +175,9 @@ class Transfer:
         for offset in offsets:
             data = memoryview(bytearray(min(self._geometry.region_size, self._geometry.size - offset)))
             await self._read(offset, data)
-            await self._send_whole(offset, data, await in_thread(digest, data, self._session.key))
+            region = (offset, data)
+            wanted = await in_thread(digest, data, self._session.key)
+            await self._send_changes([_encode(region, [_whole(region)], wanted, uncompared=True)])
         still = await self._stream.drain() if offsets else []
         if still:
             raise BlockferryError(
@@ -172,39 +192,65 @@ class Transfer:
 
     # --- building changes ------------------------------------------------------------------------------------------
 
-    def _regions(self, offset: int, data: memoryview) -> Iterable[tuple[int, memoryview]]:
+    def _regions(self, offset: int, data: memoryview) -> Iterable[Region]:
         size = self._geometry.region_size
         return ((offset + start, data[start : start + size]) for start in range(0, len(data), size))
 
-    async def _send_whole(self, offset: int, region: memoryview, wanted: bytes) -> None:
-        writes, zeros = await in_thread(_writes_and_zeros, region, [(0, -(-len(region) // BLOCK_SIZE))])
-        await self._send_region(offset, region, writes=writes, zeros=zeros, wanted=wanted, uncompared=True)
-
-    async def _send_region(
-        self,
-        offset: int,
-        region: memoryview,
-        *,
-        writes: Sequence[Run],
-        zeros: Sequence[Run] = (),
-        wanted: bytes = b"",
-        uncompared: bool = False,
-    ) -> None:
-        data = b"".join([region[start : start + length] for start, length in writes])
-        request = pb.WriteRegionRequest(
-            offset=offset,
-            length=len(region),
-            writes=[pb.Extent(offset=start, length=length) for start, length in writes],
-            zeros=[pb.Extent(offset=start, length=length) for start, length in zeros],
-            data=data,
-            digest=wanted,
-            uncompared=uncompared,
-        )
-        await self._stream.send([pb.Change(write=request)], request.ByteSize(), len(data))
+    async def _send_changes(self, changes: Sequence[Outgoing]) -> None:
+        """Send changes, as many in a message as fit."""
+        gathered: list[Outgoing] = []
+        size = 0
+        for change in changes:
+            if gathered and size + change.size > MESSAGE_SIZE:
+                await self._stream.send(gathered)
+                gathered, size = [], 0
+            gathered.append(change)
+            size += change.size
+        if gathered:
+            await self._stream.send(gathered)
 
 
-def _nonzero(region: memoryview) -> list[Run]:
-    return list(nonzero_extents(region)) if not is_zero(region) else []
+def _whole(region: Region) -> Run:
+    return 0, -(-len(region[1]) // BLOCK_SIZE)
+
+
+def _writes_of_nonzero(regions: Iterable[Region]) -> dict[int, Outgoing]:
+    """By offset the writes of what is not zero in each region; a region of zeros has none."""
+    found = {}
+    for offset, data in regions:
+        if not is_zero(data):
+            found[offset] = _encode_write(offset, data, list(nonzero_extents(data)))
+    return found
+
+
+def _encode_all(changes: Iterable[tuple[Region, Sequence[Run], bytes, bool]]) -> list[Outgoing]:
+    return [_encode(region, runs, wanted, uncompared=flag) for region, runs, wanted, flag in changes]
+
+
+def _encode(region: Region, blocks: Sequence[Run], wanted: bytes, *, uncompared: bool) -> Outgoing:
+    """The change that brings runs of blocks of a region to what it holds here."""
+    writes, zeros = _writes_and_zeros(region[1], blocks)
+    return _encode_write(*region, writes, zeros, wanted, uncompared=uncompared)
+
+
+def _encode_write(
+    offset: int,
+    data: memoryview,
+    writes: Sequence[Run],
+    zeros: Sequence[Run] = (),
+    wanted: bytes = b"",
+    *,
+    uncompared: bool = False,
+) -> Outgoing:
+    request = pb.WriteRegionRequest(
+        offset=offset,
+        length=len(data),
+        writes=[pb.Extent(offset=start, length=length) for start, length in writes],
+        zeros=[pb.Extent(offset=start, length=length) for start, length in zeros],
+        digest=wanted,
+        uncompared=uncompared,
+    )
+    return encode_write(request, [data[start : start + length] for start, length in writes])
 
 
 def _writes_and_zeros(region: memoryview, blocks: Sequence[Run]) -> tuple[list[Run], list[Run]]:

@@ -21,8 +21,9 @@ PIECE_SIZE = 64 * 1024
 
 Data = bytes | bytearray | memoryview
 
-_ZERO_BLOCK = bytearray(BLOCK_SIZE)
-_ZERO_PIECE = bytearray(PIECE_SIZE)
+_ZEROS = bytes(1024 * 1024)
+"""What data is compared with. `_ZEROS.startswith(part)` is a memcmp with any buffer (28 us for a zero MiB, 0.1 us for a
+block that is not zero); `==` with a memoryview would compare element by element (1760 us)."""
 
 
 def digest_size(piece_size: int, region_size: int) -> int:
@@ -57,32 +58,19 @@ class ZeroDigests:
         return known
 
 
-def _equal(left: bytearray, right: memoryview) -> bool:
-    # The order matters: a bytearray on the left compares by memcmp with any buffer on the right (27 us for a zero MiB);
-    # bytes or a memoryview on the left compare a memoryview element by element (2970 us).
-    return left == right
-
-
 def is_zero(data: memoryview) -> bool:
     """Whether every byte is zero. A plain comparison: cheaper than any digest, and cannot collide."""
-    whole = len(data) - len(data) % PIECE_SIZE
-    return all(
-        _equal(_ZERO_PIECE, data[start : start + PIECE_SIZE]) for start in range(0, whole, PIECE_SIZE)
-    ) and _equal(bytearray(len(data) - whole), data[whole:])
-
-
-def _block_is_zero(block: memoryview) -> bool:
-    return _equal(_ZERO_BLOCK if len(block) == BLOCK_SIZE else bytearray(len(block)), block)
+    step = len(_ZEROS)
+    return all(_ZEROS.startswith(data[start : start + step]) for start in range(0, len(data), step))
 
 
 def nonzero_extents(data: memoryview) -> Iterator[Run]:
     """(offset, length) of the maximal runs of blocks of `data` that are not all zero."""
     start = -1
     size = len(data)
+    same = _ZEROS.startswith
     for offset in range(0, size, BLOCK_SIZE):
-        block = data[offset : offset + BLOCK_SIZE]
-        zero = _block_is_zero(block)
-        if zero:
+        if same(data[offset : offset + BLOCK_SIZE]):
             if start >= 0:
                 yield start, offset - start
                 start = -1

@@ -10,49 +10,53 @@ import zlib
 from pathlib import Path
 
 import msgspec
+from blockferry.common import disk
 from blockferry.common.errors import BlockferryError, Code
 
 _TEMPORARY = ".tmp"
 
 
-def fsync_directory(path: Path) -> None:
-    """Make names created, renamed or removed in `path` durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _write_all(fd: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
-        view = view[os.write(fd, view) :]
+        view = view[disk.append(fd, view) :]
 
 
-def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace `path` with `data`: afterwards, whatever happened, it holds the old bytes or the new ones, whole."""
+def write_unsynced(path: Path, data: bytes) -> None:
+    """Replace `path` with `data` without waiting for the disk: for what carries its own checksum and can be rebuilt."""
     temporary = path.with_name(path.name + _TEMPORARY)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+    fd = disk.create(temporary, os.O_WRONLY | os.O_TRUNC)
     try:
         _write_all(fd, data)
-        os.fsync(fd)
     finally:
         os.close(fd)
-    os.replace(temporary, path)
-    fsync_directory(path.parent)
+    disk.rename(temporary, path)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` with `data`: afterwards, whatever happened, it holds the old bytes or the new ones, whole."""
+    temporary = path.with_name(path.name + _TEMPORARY)
+    fd = disk.create(temporary, os.O_WRONLY | os.O_TRUNC)
+    try:
+        _write_all(fd, data)
+        disk.fsync(fd)
+    finally:
+        os.close(fd)
+    disk.crash_point("atomic-before-rename")
+    rename_durably(temporary, path)
 
 
 def rename_durably(source: Path, target: Path) -> None:
     """Rename within one directory, durably."""
-    os.rename(source, target)
-    fsync_directory(target.parent)
+    disk.rename(source, target)
+    disk.crash_point("rename-before-fsync")
+    disk.fsync_directory(target.parent)
 
 
 def remove_durably(path: Path) -> None:
     """Remove a file that may be gone already, durably."""
-    path.unlink(missing_ok=True)
-    fsync_directory(path.parent)
+    disk.unlink(path)
+    disk.fsync_directory(path.parent)
 
 
 class Log:
@@ -66,10 +70,10 @@ class Log:
         self.path = path
         self.records: list[dict[str, object]] = []
         created = not path.exists()
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._fd = disk.create(path, os.O_RDWR | os.O_APPEND)
         try:
             if created:
-                fsync_directory(path.parent)
+                disk.fsync_directory(path.parent)
             self._load()
         except BaseException:
             os.close(self._fd)
@@ -91,8 +95,8 @@ class Log:
                         cause=f"the record at byte {good} fails its checksum and is not the last one",
                         next="restore the file from a backup of the pool, or delete the replica and sync it anew",
                     )
-                os.ftruncate(self._fd, good)
-                os.fsync(self._fd)
+                disk.truncate(self._fd, good)
+                disk.fsync(self._fd)
                 break
             self.records.append(record)
             good = end + 1
@@ -101,7 +105,8 @@ class Log:
         """Add a record durably. After a failure the log must be opened again before anything is believed."""
         body = msgspec.json.encode(record)
         _write_all(self._fd, b"%08x %s\n" % (zlib.crc32(body), body))
-        os.fsync(self._fd)
+        disk.crash_point("log-before-fsync")
+        disk.fsync(self._fd)
         self.records.append(record)
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import signal
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,42 @@ def reflink(source_fd: int, target_fd: int) -> None:
     fcntl.ioctl(target_fd, _FICLONE, source_fd)
 
 
+_FS_IOC_FIEMAP = 0xC020660B
+_FIEMAP_HEADER = struct.Struct("=QQIIII")
+_FIEMAP_EXTENT = struct.Struct("=QQQQQIIII")
+_FIEMAP_LAST = 0x0001
+_FIEMAP_SHARED = 0x2000
+_FIEMAP_BATCH = 512
+
+
+def extents(fd: int) -> Iterator[tuple[int, int, int, int]]:
+    """(logical, physical, length, flags) of every extent of a file, by FIEMAP; raise OSError where it is unknown."""
+    buffer = bytearray(_FIEMAP_HEADER.size + _FIEMAP_BATCH * _FIEMAP_EXTENT.size)
+    start = 0
+    while True:
+        _FIEMAP_HEADER.pack_into(buffer, 0, start, (1 << 64) - 1 - start, 0, 0, _FIEMAP_BATCH, 0)
+        fcntl.ioctl(fd, _FS_IOC_FIEMAP, buffer)
+        mapped = _FIEMAP_HEADER.unpack_from(buffer)[3]
+        for index in range(mapped):
+            found = _FIEMAP_EXTENT.unpack_from(buffer, _FIEMAP_HEADER.size + index * _FIEMAP_EXTENT.size)
+            yield found[0], found[1], found[2], found[5]
+            start = found[0] + found[2]
+            if found[5] & _FIEMAP_LAST:
+                return
+        if mapped == 0:
+            return
+
+
+def unshared_bytes(fd: int) -> int:
+    """Bytes of disk that would be freed if this file alone were deleted: those no clone shares."""
+    try:
+        return sum(length for _, _, length, flags in extents(fd) if not flags & _FIEMAP_SHARED)
+    except OSError as error:
+        if error.errno in NOT_SUPPORTED:
+            return os.fstat(fd).st_blocks * 512
+        raise
+
+
 def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     """(offset, length) of what SEEK_DATA/SEEK_HOLE report as data in [start, end).
 
@@ -59,6 +96,19 @@ def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
             return
         position = min(os.lseek(fd, data, os.SEEK_HOLE), end)
         yield data, position - data
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEEP_BYTES = 32 * 1024 * 1024
+"""The largest value glibc takes for M_MMAP_THRESHOLD."""
+
+
+def tune_malloc() -> None:
+    """Let glibc keep freed message buffers instead of giving them back to the kernel: faulting fresh pages in again is
+    otherwise the largest cost of a copy (mallopt(3)). Elsewhere than on glibc this does nothing."""
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
+        _libc.mallopt(_M_TRIM_THRESHOLD, 2 * _KEEP_BYTES)
 
 
 class Zeroing(enum.Enum):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from typing import Any, TypeVar, cast
 
 import grpc
@@ -203,9 +203,11 @@ def _guarded(method: MethodDescriptor, implementation: Callable[..., Any]) -> Ca
     return unary
 
 
-def add_service(server: grpc.aio.Server, service: ServiceDescriptor, servicer: object) -> None:
+def add_service(
+    server: grpc.aio.Server, service: ServiceDescriptor, servicer: object, *, raw: Collection[str] = ()
+) -> None:
     """Serve every method of `service` by the method of `servicer` with the same name. Missing ones are
-    UNIMPLEMENTED."""
+    UNIMPLEMENTED. Methods in `raw` get the bytes of their requests and parse them themselves."""
     handlers: dict[str, Any] = {}
     for method in service.methods:
         implementation = getattr(servicer, method.name, None)
@@ -215,7 +217,7 @@ def add_service(server: grpc.aio.Server, service: ServiceDescriptor, servicer: o
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         handlers[method.name] = make(
             _guarded(method, implementation),
-            request_deserializer=message_class(method.input_type).FromString,
+            request_deserializer=None if method.name in raw else message_class(method.input_type).FromString,
             response_serializer=message_class(method.output_type).SerializeToString,
         )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
@@ -319,11 +321,15 @@ class Connection:
         finally:
             call.cancel()
 
-    def bidirectional(self, method: str, response: type[M]) -> grpc.aio.StreamStreamCall[Any, M]:
-        """A call with streams both ways. Use it inside `translated()`."""
+    def _counted(self, data: bytes) -> bytes:
+        self.sent += len(data)
+        return data
+
+    def bidirectional(self, method: str, response: type[M]) -> grpc.aio.StreamStreamCall[bytes, M]:
+        """A call with streams both ways that sends messages already serialized. Use it inside `translated()`."""
         multi = self._channel.stream_stream(
             f"/blockferry.v1.{method}",
-            request_serializer=self._serializer,
+            request_serializer=self._counted,
             response_deserializer=self._deserializer(response),
         )
-        return cast("grpc.aio.StreamStreamCall[Any, M]", multi())
+        return multi()

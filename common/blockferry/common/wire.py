@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator
 
+import msgspec
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.regions import AllocationMap, Geometry, Provenance, Run
+from blockferry.common.retention import Retention
 from blockferry.v1 import replication_pb2 as pb
 
 PROTOCOL_VERSION = 1
@@ -34,6 +36,16 @@ def runs_to_wire(runs: Iterable[Run]) -> list[pb.Run]:
 def runs_from_wire(runs: Iterable[pb.Run]) -> Iterator[Run]:
     """(first, count) pairs, unchecked."""
     return ((run.first, run.count) for run in runs)
+
+
+def retention_to_wire(keep: Retention) -> pb.Retention:
+    """The message."""
+    return pb.Retention(**msgspec.structs.asdict(keep))
+
+
+def retention_from_wire(message: pb.Retention) -> Retention:
+    """The rules."""
+    return Retention(**{name: getattr(message, name) for name in Retention.__struct_fields__})
 
 
 def map_to_messages(allocation: AllocationMap, header: pb.AllocationMapHeader) -> Iterator[pb.GetAllocationMapResponse]:

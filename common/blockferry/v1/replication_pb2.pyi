@@ -223,16 +223,18 @@ class Change(_message.Message):
     def __init__(self, write: _Optional[_Union[WriteRegionRequest, _Mapping]] = ..., unmap: _Optional[_Union[UnmapRegionRequest, _Mapping]] = ...) -> None: ...
 
 class ApplyChangesRequest(_message.Message):
-    __slots__ = ("sequence", "session", "changes", "flush")
+    __slots__ = ("sequence", "session", "changes", "flush", "settled")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CHANGES_FIELD_NUMBER: _ClassVar[int]
     FLUSH_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     session: SessionRef
     changes: _containers.RepeatedCompositeFieldContainer[Change]
     flush: bool
-    def __init__(self, sequence: _Optional[int] = ..., session: _Optional[_Union[SessionRef, _Mapping]] = ..., changes: _Optional[_Iterable[_Union[Change, _Mapping]]] = ..., flush: bool = ...) -> None: ...
+    settled: _containers.RepeatedCompositeFieldContainer[Run]
+    def __init__(self, sequence: _Optional[int] = ..., session: _Optional[_Union[SessionRef, _Mapping]] = ..., changes: _Optional[_Iterable[_Union[Change, _Mapping]]] = ..., flush: bool = ..., settled: _Optional[_Iterable[_Union[Run, _Mapping]]] = ...) -> None: ...
 
 class ApplyChangesResponse(_message.Message):
     __slots__ = ("received", "durable", "totals", "mismatched_offsets")
@@ -246,15 +248,33 @@ class ApplyChangesResponse(_message.Message):
     mismatched_offsets: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, received: _Optional[int] = ..., durable: _Optional[int] = ..., totals: _Optional[_Union[ChangeResult, _Mapping]] = ..., mismatched_offsets: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class Retention(_message.Message):
+    __slots__ = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    HOURLY_FIELD_NUMBER: _ClassVar[int]
+    DAILY_FIELD_NUMBER: _ClassVar[int]
+    WEEKLY_FIELD_NUMBER: _ClassVar[int]
+    MONTHLY_FIELD_NUMBER: _ClassVar[int]
+    YEARLY_FIELD_NUMBER: _ClassVar[int]
+    last: int
+    hourly: int
+    daily: int
+    weekly: int
+    monthly: int
+    yearly: int
+    def __init__(self, last: _Optional[int] = ..., hourly: _Optional[int] = ..., daily: _Optional[int] = ..., weekly: _Optional[int] = ..., monthly: _Optional[int] = ..., yearly: _Optional[int] = ...) -> None: ...
+
 class SessionCommit(_message.Message):
-    __slots__ = ("session", "volume", "commit_id")
+    __slots__ = ("session", "volume", "commit_id", "keep")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     VOLUME_FIELD_NUMBER: _ClassVar[int]
     COMMIT_ID_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     session: SessionRef
     volume: str
     commit_id: bytes
-    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., volume: _Optional[str] = ..., commit_id: _Optional[bytes] = ...) -> None: ...
+    keep: Retention
+    def __init__(self, session: _Optional[_Union[SessionRef, _Mapping]] = ..., volume: _Optional[str] = ..., commit_id: _Optional[bytes] = ..., keep: _Optional[_Union[Retention, _Mapping]] = ...) -> None: ...
 
 class CommitSessionsRequest(_message.Message):
     __slots__ = ("commits",)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from blockferry.common.digests import REGION_DIGEST_SIZE, digest, is_zero, nonzero_extents
+from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.linux import Zeroing
 from blockferry.common.regions import BLOCK_SIZE, Geometry
@@ -30,6 +31,8 @@ class Result:
     written: int = 0
     unmapped: int = 0
     read: int = 0
+    digest: bytes | None = None
+    """What the region holds now, where that came to be known without reading for it."""
 
     def add_to(self, message: pb.ChangeResult) -> None:
         """Sum into a message."""
@@ -61,8 +64,9 @@ def check_unmap(name: str, geometry: Geometry, request: pb.UnmapRegionRequest) -
         raise _refuse(name, offset, length, "cannot unmap", f"it is not whole regions of {geometry.region_size} bytes")
 
 
-def check_write(name: str, geometry: Geometry, request: pb.WriteRegionRequest) -> None:
-    """Raise INVALID_ARGUMENT unless the request names one region and extents inside it that match the data."""
+def check_write(name: str, geometry: Geometry, request: pb.WriteRegionRequest, received: int) -> None:
+    """Raise INVALID_ARGUMENT unless the request names one region and extents inside it that match the `received`
+    bytes of data."""
     offset, length = request.offset, request.length
     if offset >= geometry.size or offset % geometry.region_size:
         raise _refuse(name, offset, length, "cannot write", f"no region of {geometry.region_size} bytes starts there")
@@ -72,10 +76,8 @@ def check_write(name: str, geometry: Geometry, request: pb.WriteRegionRequest) -
     _check_extents(name, request, request.writes)
     _check_extents(name, request, request.zeros)
     total = sum(extent.length for extent in request.writes)
-    if total != len(request.data):
-        raise _refuse(
-            name, offset, length, "cannot write", f"{len(request.data)} bytes of data came for extents of {total}"
-        )
+    if total != received:
+        raise _refuse(name, offset, length, "cannot write", f"{received} bytes of data came for extents of {total}")
     if request.digest and len(request.digest) != REGION_DIGEST_SIZE:
         raise _refuse(name, offset, length, "cannot write", f"a digest has {REGION_DIGEST_SIZE} bytes")
     if request.writes and request.zeros:
@@ -98,10 +100,11 @@ def _check_extents(name: str, request: pb.WriteRegionRequest, extents: Sequence[
         end = extent.offset + extent.length
 
 
-async def write_region(volume: Volume, key: bytes, request: pb.WriteRegionRequest) -> Result:
-    """Apply a checked request."""
+async def write_region(
+    volume: Volume, key: bytes, request: pb.WriteRegionRequest, data: memoryview, *, was_zero: bool
+) -> Result:
+    """Apply a checked request. `was_zero`: the region is proven to read as zeros before the change."""
     result = Result()
-    data = memoryview(request.data)
     writes: list[tuple[int, memoryview]] = []
     position = 0
     for extent in request.writes:
@@ -115,14 +118,27 @@ async def write_region(volume: Volume, key: bytes, request: pb.WriteRegionReques
     if writes:
         await volume.write([(request.offset + offset, part) for offset, part in writes])
         result.written += sum(len(part) for _, part in writes)
+    crash_point("apply-written")
     if request.zeros:
         await _unmap(volume, [(request.offset + extent.offset, extent.length) for extent in request.zeros], result)
     if request.digest:
         result.read += request.length
         present = memoryview(bytearray(request.length))
         await volume.read_into(request.offset, present)
-        result.mismatch = await in_thread(digest, present, key) != request.digest
+        result.digest = await in_thread(digest, present, key)
+        result.mismatch = result.digest != request.digest
+    elif len(data) == request.length:
+        result.digest = await in_thread(digest, data, key)
+    elif was_zero:
+        result.digest = await in_thread(_digest_of_sparse, request.length, writes, key)
     return result
+
+
+def _digest_of_sparse(length: int, writes: list[tuple[int, memoryview]], key: bytes) -> bytes:
+    region = bytearray(length)
+    for offset, part in writes:
+        region[offset : offset + len(part)] = part
+    return digest(region, key)
 
 
 async def unmap_region(volume: Volume, request: pb.UnmapRegionRequest) -> Result:

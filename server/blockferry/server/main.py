@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import uvloop
-from blockferry.common import rpc, telemetry
+from blockferry.common import linux, retention, rpc, telemetry
 from blockferry.common.errors import BlockferryError
 from blockferry.server.pool import Pool
 from blockferry.server.replicas import ReplicasService
@@ -36,8 +36,22 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         metavar="ADDRESS",
         help=f"grpc://HOST:PORT (port 0: any free one) or grpc+unix:///SOCKET; repeatable (default {DEFAULT_LISTEN})",
     )
+    parser.add_argument(
+        "--keep-at-least",
+        type=_retention,
+        default=retention.DEFAULT,
+        metavar="RULES",
+        help="recovery points that no source can give up, such as last=3,daily=7 (default last=3)",
+    )
     parser.add_argument("--insecure", action="store_true", help="allow plaintext on addresses other machines can reach")
     return parser.parse_args(argv)
+
+
+def _retention(text: str) -> retention.Retention:
+    try:
+        return retention.parse(text)
+    except BlockferryError as error:
+        raise argparse.ArgumentTypeError(error.line()) from error
 
 
 async def serve(arguments: argparse.Namespace) -> None:
@@ -47,7 +61,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
-    pool = await Pool.open("main", arguments.pool.absolute(), LEASE_SECONDS)
+    pool = await Pool.open("main", arguments.pool.absolute(), LEASE_SECONDS, arguments.keep_at_least)
     try:
         server = rpc.make_server()
         services = {
@@ -55,7 +69,7 @@ async def serve(arguments: argparse.Namespace) -> None:
             replicas_pb2.DESCRIPTOR.services_by_name["Replicas"]: ReplicasService(pool),
         }
         for descriptor, servicer in services.items():
-            rpc.add_service(server, descriptor, servicer)
+            rpc.add_service(server, descriptor, servicer, raw=getattr(servicer, "RAW_METHODS", ()))
         await _add_health_and_reflection(server, [descriptor.full_name for descriptor in services])
 
         addresses = [rpc.bind(server, uri, insecure=arguments.insecure) for uri in arguments.listen or [DEFAULT_LISTEN]]
@@ -80,6 +94,7 @@ def main() -> int:
     """Entry point of the console script."""
     arguments = _arguments(sys.argv[1:])
     telemetry.configure_logging()
+    linux.tune_malloc()
     try:
         uvloop.run(serve(arguments))
     except BlockferryError as error:

@@ -13,6 +13,7 @@ from blockferry.common import linux
 from blockferry.common.address import check_volume_name
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import DEFAULT_REGION_SIZE, check_region_size
+from blockferry.common.retention import Retention
 from blockferry.common.volumes import in_thread
 from blockferry.server.replica import Replica
 from blockferry.server.store import NEW_PREFIX, Store
@@ -25,19 +26,21 @@ _LOCK = ".blockferry-lock"
 class Pool:
     """All replicas in one directory. Names become directory entries only after `check_volume_name`."""
 
-    def __init__(self, name: str, path: Path, lease: float) -> None:
+    def __init__(self, name: str, path: Path, lease: float, floor: Retention) -> None:
         self.name = name
         self.path = path
         self._lease = lease
+        self._floor = floor
         self._replicas: dict[str, Replica] = {}
         self._creating = asyncio.Lock()
         self._lock_fd = -1
         self.clones = False
 
     @classmethod
-    async def open(cls, name: str, path: Path, lease: float) -> Pool:
-        """Lock the directory and open every replica in it. Raises NOT_FOUND, READ_ONLY, UNREADABLE or IN_USE."""
-        pool = cls(name, path, lease)
+    async def open(cls, name: str, path: Path, lease: float, floor: Retention) -> Pool:
+        """Lock the directory and open every replica in it. `lease` in seconds; `floor` are the recovery points kept
+        whatever a source asks for. Raises NOT_FOUND, READ_ONLY, UNREADABLE or IN_USE."""
+        pool = cls(name, path, lease, floor)
         try:
             await in_thread(pool._open)
         except OSError as error:
@@ -73,7 +76,7 @@ class Pool:
                     # One damaged replica must not take the others down with it.
                     log.error("replica left out", volume=entry.name, error=error.line())
                     continue
-                self._replicas[entry.name] = Replica(entry.name, self.name, store, self._lease)
+                self._replicas[entry.name] = Replica(entry.name, self.name, store, self._lease, self._floor)
 
     def list(self) -> list[Replica]:
         """All replicas, by name."""
@@ -111,7 +114,7 @@ class Pool:
                     store = await in_thread(Store.create, directory, wanted, clones=self.clones)
                 except OSError as error:
                     raise from_os_error(error, f"cannot create {name} in pool {self.name}", volume=name) from error
-                self._replicas[name] = Replica(name, self.name, store, self._lease)
+                self._replicas[name] = Replica(name, self.name, store, self._lease, self._floor)
             return self._replicas[name]
 
     def find_session(self, session_id: str) -> Replica | None:

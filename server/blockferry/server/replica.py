@@ -1,7 +1,8 @@
-"""A live replica: its open session, the gate in front of its writes, and its committed generations as volumes."""
+"""A live replica: its open session, the gate in front of its writes, and the life of its recovery points."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 import uuid
@@ -9,38 +10,64 @@ from collections.abc import AsyncIterator, Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code, from_os_error
-from blockferry.common.regions import Geometry
+from blockferry.common.regions import AllocationMap, Geometry, Run, runs_of
+from blockferry.common.retention import Retention, reasons_to_keep
 from blockferry.common.volumes import ImageVolume, Volume, in_thread
 from blockferry.server import apply
+from blockferry.server.cache import DigestCache
 from blockferry.server.gate import Gate
 from blockferry.server.session import Event, State, state_at_rest, transition
 from blockferry.server.store import Point, SessionRecord, Store
 from blockferry.v1 import replication_pb2 as pb
+from pyroaring import BitMap
 
 
 @dataclass
 class Session:
-    """One writer's fenced access. `last_seen` is monotonic seconds."""
+    """One writer's fenced access."""
 
     session_id: str
     epoch: int
     client: str
     geometry: Geometry
     volume: Volume
+    snapshot_id: str
+    settled: BitMap
+    """Regions that hold what the source's immutable snapshot holds."""
+    digests: DigestCache
+    allocated: BitMap | None = None
+    """Regions that may hold data, once a map was asked for; all others are proven zero."""
     last_seen: float = field(default_factory=time.monotonic)
+    """Monotonic seconds of the last call."""
+    failed: BlockferryError | None = None
+    """A flush failed: nothing about the work image can be believed any more (invariant 3)."""
+    applying: asyncio.Lock = field(default_factory=asyncio.Lock)
+    racing: list[BitMap] = field(default_factory=list)
+    """For every digest being computed, the regions that changed meanwhile."""
+
+    def change(self, first: int, count: int) -> None:
+        """These regions are about to change."""
+        self.digests.forget(first, count)
+        for changed in self.racing:
+            changed.add_range(first, first + count)
 
 
 class Replica:
     """One replica of a pool. Its methods may be called concurrently."""
 
-    def __init__(self, name: str, pool: str, store: Store, lease: float) -> None:
+    def __init__(self, name: str, pool: str, store: Store, lease: float, floor: Retention) -> None:
         self.name = name
         self.pool = pool
         self.store = store
         self.session: Session | None = None
-        self._lease = lease
+        self.lease_seconds = lease
+        """Seconds without a call after which a session may be taken over."""
+        self._floor = floor
         self._gate = Gate()
+        self._pins: dict[int, float] = {}
+        self._readers: dict[int, int] = {}
         self.state = self._state_at_rest()
 
     def _state_at_rest(self) -> State:
@@ -48,39 +75,37 @@ class Replica:
             committed=self.store.newest is not None, started=self.store.session.epoch > 0, promoted=False
         )
 
-    @property
-    def lease_seconds(self) -> float:
-        """Seconds without a call after which a session may be taken over."""
-        return self._lease
-
-    # --- sessions -------------------------------------------------------------------------------------------------
+    # --- opening --------------------------------------------------------------------------------------------------
 
     async def open_session(self, request: pb.OpenSessionRequest) -> Session:
-        """Take the replica for one writer, or raise IN_USE, SIZE_MISMATCH, REGION_SIZE_MISMATCH or WRONG_STATE before
-        anything changes."""
+        """Take the replica for one writer, or raise IN_USE, SIZE_MISMATCH, REGION_SIZE_MISMATCH, UNSUPPORTED or
+        WRONG_STATE before anything changes."""
         async with self._gate.closed():
             self._refuse_if_held(request)
             self._refuse_other_geometry(request)
+            self._refuse_overwriting(request)
             state = transition(self.name, self.state, Event.OPEN)
-            geometry = Geometry(request.size, self.store.identity.region_size)
-            if self.session is not None:
-                await self._end_session()
-            record = SessionRecord(
-                epoch=self.store.session.epoch + 1,
-                session_id=uuid.uuid4().hex,
-                size=request.size,
-                snapshot_id=request.snapshot_id,
-                client=request.client[:256],
-            )
+            await self._end_session()
+            record = SessionRecord(self.store.session.epoch + 1, uuid.uuid4().hex, request.size, request.client[:256])
             try:
                 await in_thread(self.store.write_session, record)
-                await in_thread(self.store.begin_work, request.size)
+                crash_point("open-epoch-durable")
+                settled, digests = await in_thread(self.store.begin_work, request.size, request.snapshot_id)
             except OSError as error:
+                self.state = self._state_at_rest()
                 raise from_os_error(error, f"cannot open a session of {self.name}", volume=self.name) from error
-            if self.store.overwritten and self.state is State.CONSISTENT:
+            if self.store.overwritten and state is State.UPDATING:
                 state = transition(self.name, state, Event.OVERWRITE)
-            volume = await ImageVolume.open(self.store.work, writable=True)
-            self.session = Session(record.session_id, record.epoch, record.client, geometry, volume)
+            self.session = Session(
+                session_id=record.session_id,
+                epoch=record.epoch,
+                client=record.client,
+                geometry=Geometry(request.size, self.store.identity.region_size),
+                volume=await ImageVolume.open(self.store.work, writable=True),
+                snapshot_id=request.snapshot_id,
+                settled=settled,
+                digests=digests,
+            )
             self.state = state
             return self.session
 
@@ -88,7 +113,7 @@ class Replica:
         held = self.session
         if held is None or held.session_id == request.resume_session_id:
             return
-        left = self._lease - (time.monotonic() - held.last_seen)
+        left = self.lease_seconds - (time.monotonic() - held.last_seen)
         if left > 0:
             raise BlockferryError(
                 Code.IN_USE,
@@ -125,6 +150,20 @@ class Replica:
             found=str(request.size),
         )
 
+    def _refuse_overwriting(self, request: pb.OpenSessionRequest) -> None:
+        if self.store.clones or self.store.newest is None or request.in_place:
+            return
+        raise BlockferryError(
+            Code.UNSUPPORTED,
+            f"{self.name} cannot be updated safely",
+            cause=f"the file system of pool {self.pool} cannot clone files, so an update would overwrite the only "
+            "committed generation",
+            next="move the pool to XFS or Btrfs, or say --in-place to go without a consistent replica while it runs",
+            volume=self.name,
+        )
+
+    # --- fenced use -----------------------------------------------------------------------------------------------
+
     def _checked(self, ref: pb.SessionRef) -> Session:
         """The open session if `ref` names it. Only what is checked inside the gate holds while writing."""
         held = self.session
@@ -132,59 +171,164 @@ class Replica:
             raise BlockferryError(
                 Code.STALE_EPOCH,
                 f"this session of {self.name} is over",
-                cause="the server was restarted" if held is None else "another writer has taken the replica",
+                cause="it ended or the server was restarted" if held is None else "another writer took the replica",
                 next="run the sync again; it continues with what is already there",
                 volume=self.name,
                 expected=str(self.store.session.epoch),
                 found=str(ref.epoch),
             )
+        if held.failed is not None:
+            raise held.failed
         held.last_seen = time.monotonic()
         return held
 
     @contextlib.asynccontextmanager
-    async def using(self, ref: pb.SessionRef) -> AsyncIterator[Session]:
-        """Pass the gate as the session `ref` names: nobody else opens, commits or ends it meanwhile."""
+    async def _using(self, ref: pb.SessionRef) -> AsyncIterator[Session]:
+        """Pass the gate as the session `ref` names: nobody else opens, commits or ends it meanwhile. Never wait for a
+        client inside: whoever wants to take over waits for whoever is in here."""
         async with self._gate.passing():
-            yield self._checked(ref)
+            try:
+                yield self._checked(ref)
+            except BlockferryError as error:
+                # The client knows the volume by its name, not by a path on this host.
+                error.volume = self.name
+                raise
 
-    async def write_region(self, request: pb.WriteRegionRequest, ref: pb.SessionRef) -> apply.Result:
-        """Check and apply one change."""
-        async with self.using(ref) as session:
-            apply.check_write(self.name, session.geometry, request)
-            return await self._applied(apply.write_region(session.volume, self.store.identity.key, request))
+    async def renew(self, ref: pb.SessionRef) -> None:
+        """Renew the lease."""
+        async with self._using(ref):
+            pass
+
+    async def session_allocation(self, ref: pb.SessionRef, region_size: int) -> AllocationMap:
+        """The map of the work image."""
+        async with self._using(ref) as session:
+            found = await session.volume.allocation(region_size or session.geometry.region_size)
+            if found.geometry == session.geometry:
+                session.allocated = found.regions.copy()
+            return found
+
+    async def session_digests(self, ref: pb.SessionRef, piece_size: int, run: Run, *, fresh: bool) -> tuple[bytes, int]:
+        """Digests of consecutive pieces of the work image, and the bytes read for them. Known digests of whole regions
+        are taken from the cache unless `fresh`."""
+        async with self._using(ref) as session:
+            key, region_size = self.store.identity.key, session.geometry.region_size
+            if piece_size != region_size:
+                return await session.volume.digests(piece_size, [run], key, region_size), _length(
+                    session, piece_size, run
+                )
+            first, count = run
+            wanted = BitMap(range(first, first + count))
+            missing = wanted if fresh else wanted - session.digests.known
+            if missing:
+                await self._learn(session, missing)
+            found = [session.digests.get(region) for region in wanted]
+            if None in found:
+                # Changed while it was read: what is there now is what the client gets, and nothing is remembered.
+                return await session.volume.digests(piece_size, [run], key, region_size), _length(
+                    session, piece_size, run
+                )
+            return b"".join(one for one in found if one is not None), session.geometry.bytes_in(missing)
+
+    async def _learn(self, session: Session, regions: BitMap) -> None:
+        """Read regions and remember their digests, except of those that change meanwhile."""
+        key, region_size = self.store.identity.key, session.geometry.region_size
+        runs = list(runs_of(regions, session.geometry.count))
+        changed = BitMap()
+        session.racing.append(changed)
+        try:
+            found = await session.volume.digests(region_size, runs, key, region_size)
+        finally:
+            session.racing.remove(changed)
+        size = len(found) // len(regions)
+        for index, region in enumerate(regions):
+            if region not in changed:
+                session.digests.put(region, found[index * size : (index + 1) * size])
+
+    async def write_region(self, request: pb.WriteRegionRequest, data: memoryview, ref: pb.SessionRef) -> apply.Result:
+        """Check and apply one change. `data` is the request's data, which may be a view of a larger message."""
+        async with self._using(ref) as session, session.applying:
+            apply.check_write(self.name, session.geometry, request, len(data))
+            region = request.offset // session.geometry.region_size
+            was_zero = session.allocated is not None and region not in session.allocated
+            session.change(region, 1)
+            if session.allocated is not None:
+                session.allocated.add(region)
+            result = await self._survive(
+                session,
+                apply.write_region(session.volume, self.store.identity.key, request, data, was_zero=was_zero),
+            )
+            if result.digest is not None:
+                session.digests.put(region, result.digest)
+            if result.mismatch:
+                session.settled.discard(region)
+            elif session.snapshot_id:
+                session.settled.add(region)
+            return result
 
     async def unmap_region(self, request: pb.UnmapRegionRequest, ref: pb.SessionRef) -> apply.Result:
         """Check and apply one change."""
-        async with self.using(ref) as session:
+        async with self._using(ref) as session, session.applying:
             apply.check_unmap(self.name, session.geometry, request)
-            return await self._applied(apply.unmap_region(session.volume, request))
+            first = request.offset // session.geometry.region_size
+            count = -(-request.length // session.geometry.region_size)
+            session.change(first, count)
+            result = await self._survive(session, apply.unmap_region(session.volume, request))
+            if session.snapshot_id:
+                session.settled.add_range(first, first + count)
+            return result
 
-    async def _applied(self, change: Awaitable[apply.Result]) -> apply.Result:
+    async def settle(self, ref: pb.SessionRef, runs: list[Run]) -> None:
+        """Note regions that need no change."""
+        async with self._using(ref) as session:
+            if session.snapshot_id:
+                for first, count in runs:
+                    if first + count <= session.geometry.count:
+                        session.settled.add_range(first, first + count)
+
+    async def _survive(self, session: Session, change: Awaitable[apply.Result]) -> apply.Result:
+        """A full disk ends the session and gives its space back: the committed generations need none of it."""
         try:
             return await change
         except BlockferryError as error:
-            # The client knows the volume by its name, not by a path on this host.
-            error.volume = self.name
+            if error.code is Code.OUT_OF_SPACE:
+                session.failed = error
             raise
 
-    async def release(self, ref: pb.SessionRef) -> None:
+    async def flush(self, ref: pb.SessionRef) -> None:
+        """Make all that is applied durable, and note how far an immutable snapshot has come (invariant 5)."""
+        async with self._using(ref) as session:
+            settled = session.settled.copy()
+            try:
+                await session.volume.flush()
+                crash_point("checkpoint-flushed")
+                if session.snapshot_id:
+                    await in_thread(self.store.write_progress, session.snapshot_id, session.geometry.size, settled)
+            except (OSError, BlockferryError) as error:
+                session.failed = _as_ours(error, f"cannot flush {self.name}")
+                raise session.failed from error
+            crash_point("checkpoint-recorded")
+
+    # --- ending ---------------------------------------------------------------------------------------------------
+
+    def release(self, ref: pb.SessionRef) -> None:
         """Forget the lease of a session whose client is gone: the next one need not wait."""
-        if self.session is not None and self.session.session_id == ref.session_id and self.session.epoch == ref.epoch:
-            self.session.last_seen = -self._lease
+        held = self.session
+        if held is not None and (held.session_id, held.epoch) == (ref.session_id, ref.epoch):
+            held.last_seen = -self.lease_seconds
 
     async def abort(self, ref: pb.SessionRef, *, discard: bool) -> None:
         """End a session without a commit; a session that is not open any more is left alone."""
         async with self._gate.closed():
             held = self.session
-            if held is None or held.session_id != ref.session_id or held.epoch != ref.epoch:
+            if held is None or (held.session_id, held.epoch) != (ref.session_id, ref.epoch):
                 return
             await self._end_session()
             if discard:
                 await in_thread(self.store.discard_work)
             self.state = transition(self.name, self.state, Event.CLOSE)
 
-    async def commit(self, ref: pb.SessionRef, commit_id: bytes) -> Point:
-        """Make the session's content the newest generation (invariant 3)."""
+    async def commit(self, ref: pb.SessionRef, commit_id: bytes, keep: Retention | None) -> Point:
+        """Make the session's content the newest generation (invariant 3). Idempotent by commit id."""
         async with self._gate.closed():
             done = self.store.committed(commit_id)
             if done is not None:
@@ -193,48 +337,62 @@ class Replica:
             state = transition(self.name, self.state, Event.COMMIT)
             try:
                 await session.volume.flush()
-                point = await in_thread(self.store.commit, commit_id, session.geometry.size)
+                crash_point("commit-flushed")
+                if keep is not None:
+                    await in_thread(self.store.set_keep, keep)
+                point = await in_thread(self.store.commit, commit_id, session.geometry.size, session.digests)
             except (OSError, BlockferryError) as error:
-                # Invariant 3: after a failed fsync nothing about the session can be believed.
+                # Nothing about the session can be believed; read back what the disk says.
+                session.failed = _as_ours(error, f"cannot commit {self.name}")
                 await self._end_session()
                 await in_thread(self._reopen)
                 self.state = self._state_at_rest()
-                if isinstance(error, OSError):
-                    raise from_os_error(error, f"cannot commit {self.name}", volume=self.name) from error
-                error.volume = self.name
-                raise
+                raise session.failed from error
             await self._end_session()
-            for old in self.store.points[:-1]:
-                await in_thread(self.store.drop, old)
             self.state = state
+            await self._retire()
             return point
-
-    def _reopen(self) -> None:
-        self.store.close()
-        self.store = Store(self.store.directory, clones=self.store.clones)
 
     async def _end_session(self) -> None:
         session, self.session = self.session, None
         if session is not None:
             await session.volume.close()
+            if session.failed is not None:
+                await in_thread(self.store.discard_work)
+
+    def _reopen(self) -> None:
+        self.store.abandon()
+        self.store = Store(self.store.directory, clones=self.store.clones)
 
     async def close(self) -> None:
         """End whatever is open; work done so far stays for the next session."""
         async with self._gate.closed():
             await self._end_session()
-            self.store.close()
+            await in_thread(self.store.close)
 
-    # --- reading --------------------------------------------------------------------------------------------------
+    # --- recovery points ------------------------------------------------------------------------------------------
+
+    def kept(self) -> dict[int, list[str]]:
+        """Why each point is kept, by number; a point without a reason goes with the next commit."""
+        now = time.monotonic()
+        self._pins = {number: until for number, until in self._pins.items() if until > now}
+        points = [(point.number, point.committed_at_us) for point in self.store.points]
+        return dict(reasons_to_keep(points, (self.store.keep, self._floor), {*self._pins, *self._readers}))
+
+    async def _retire(self) -> None:
+        kept = self.kept()
+        for point in list(self.store.points):
+            if not kept[point.number]:
+                await in_thread(self.store.drop, point)
 
     def resolve(self, number: int) -> Point:
         """The generation with this number (0: the newest), or NOT_FOUND."""
         point = self.store.point(number)
         if point is None:
-            wanted = f"generation {number}" if number else "committed generation"
             raise BlockferryError(
                 Code.NOT_FOUND,
-                f"{self.name} has no {wanted}",
-                cause="its first sync has not finished" if not self.store.points else "retention may have dropped it",
+                f"{self.name} has no {f'generation {number}' if number else 'committed generation'}",
+                cause="retention may have dropped it" if self.store.points else "its first sync has not finished",
                 next="list what there is with blockferry replica points" if number else "sync to it first",
                 volume=self.name,
             )
@@ -242,12 +400,20 @@ class Replica:
 
     @contextlib.asynccontextmanager
     async def reading(self, number: int) -> AsyncIterator[Volume]:
-        """A committed generation as a read-only volume."""
-        volume = await ImageVolume.open(self.store.image(self.resolve(number)))
+        """A committed generation as a read-only volume; it is kept at least for a lease after its last use."""
+        point = self.resolve(number)
+        self._readers[point.number] = self._readers.get(point.number, 0) + 1
         try:
-            yield volume
+            volume = await ImageVolume.open(self.store.image(point))
+            try:
+                yield volume
+            finally:
+                await volume.close()
         finally:
-            await volume.close()
+            self._pins[point.number] = time.monotonic() + self.lease_seconds
+            self._readers[point.number] -= 1
+            if not self._readers[point.number]:
+                del self._readers[point.number]
 
     @contextlib.asynccontextmanager
     async def reading_start(self) -> AsyncIterator[Volume]:
@@ -265,3 +431,11 @@ class Replica:
         """The image of the newest committed generation."""
         newest = self.store.newest
         return self.store.image(newest) if newest is not None else None
+
+
+def _length(session: Session, piece_size: int, run: Run) -> int:
+    return min(run[1] * piece_size, session.geometry.size - run[0] * piece_size)
+
+
+def _as_ours(error: OSError | BlockferryError, what: str) -> BlockferryError:
+    return from_os_error(error, what) if isinstance(error, OSError) else error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.volumes import in_thread
 from blockferry.server.pool import Pool
 from blockferry.server.replica import Replica
+from blockferry.server.scrub import verify_point
 from blockferry.v1 import replicas_pb2 as pb
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -36,17 +38,26 @@ class ReplicasService:
     ) -> pb.ListRecoveryPointsResponse:
         replica = self._pool.get(request.volume)
         response = pb.ListRecoveryPointsResponse()
+        kept = replica.kept()
         for point in reversed(replica.store.points):
-            image = replica.store.image(point)
             response.points.add(
                 number=point.number,
                 commit_id=point.commit_id,
                 committed_at_us=point.committed_at_us,
                 size=point.size,
-                bytes_held=(await in_thread(image.stat)).st_blocks * 512,
-                path=str(image),
+                bytes_held=await in_thread(replica.store.bytes_held, point),
+                path=str(replica.store.image(point)),
+                kept_by=kept[point.number],
             )
         return response
+
+    async def VerifyReplica(
+        self, request: pb.VerifyReplicaRequest, _: Context
+    ) -> AsyncIterator[pb.VerifyReplicaResponse]:
+        replica = self._pool.get(request.point.volume)
+        async with contextlib.aclosing(verify_point(replica, request.point.number)) as found:
+            async for response in found:
+                yield response
 
     async def ReadRegions(self, request: pb.ReadRegionsRequest, _: Context) -> AsyncIterator[pb.ReadRegionsResponse]:
         replica = self._pool.get(request.point.volume)
@@ -86,7 +97,7 @@ async def _describe(replica: Replica) -> pb.Replica:
         generation=newest.number if newest else 0,
         commit_id=newest.commit_id if newest else b"",
         committed_at_us=newest.committed_at_us if newest else 0,
-        bytes_held=await in_thread(store.bytes_held),
+        bytes_held=await in_thread(store.total_bytes_held),
         path=str(replica.path or ""),
         unsafe=store.overwritten,
         session_client=session.client if session else "",

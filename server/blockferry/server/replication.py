@@ -10,9 +10,17 @@ import grpc.aio
 from blockferry.common.address import check_volume_name
 from blockferry.common.digests import KEY_SIZE, PIECE_SIZE
 from blockferry.common.errors import BlockferryError, Code
-from blockferry.common.regions import BLOCK_SIZE, Geometry, check_region_size, split_runs
-from blockferry.common.volumes import Volume
-from blockferry.common.wire import PROTOCOL_VERSION, map_to_messages, runs_from_wire
+from blockferry.common.flow import ByteBudget
+from blockferry.common.framing import decode_request
+from blockferry.common.regions import BLOCK_SIZE, Geometry, Run, check_region_size, runs_of, split_runs
+from blockferry.common.wire import (
+    PROTOCOL_VERSION,
+    map_to_messages,
+    retention_from_wire,
+    runs_from_wire,
+    runs_to_wire,
+)
+from blockferry.server.changes import ChangeReceiver
 from blockferry.server.pool import Pool
 from blockferry.server.replica import Replica
 from blockferry.server.store import Point
@@ -29,9 +37,11 @@ COMMIT_ID_SIZE = 16
 class ReplicationService:
     """Serves `blockferry.v1.Replication` over one pool."""
 
+    RAW_METHODS = ("ApplyChanges",)
+
     def __init__(self, pool: Pool, bytes_in_flight: int) -> None:
         self._pool = pool
-        self._bytes_in_flight = bytes_in_flight
+        self._budget = ByteBudget(bytes_in_flight)
 
     async def OpenSession(self, request: pb.OpenSessionRequest, _: Context) -> pb.OpenSessionResponse:
         if request.protocol_version < 1:
@@ -55,116 +65,79 @@ class ReplicationService:
             generation=newest.number if newest else 0,
             commit_id=newest.commit_id if newest else b"",
             lease_ms=int(replica.lease_seconds * 1000),
-            bytes_in_flight=self._bytes_in_flight,
+            bytes_in_flight=self._budget.limit,
+            durable_regions=runs_to_wire(runs_of(session.settled, session.geometry.count)),
         )
-
-    @contextlib.asynccontextmanager
-    async def _target(
-        self, request: pb.GetAllocationMapRequest | pb.GetRegionDigestsRequest
-    ) -> AsyncIterator[tuple[Replica, Volume, pb.AllocationMapHeader]]:
-        """What a request reads: the volume of its session, or a committed generation."""
-        if request.WhichOneof("target") == "session":
-            replica = self._by_session(request.session)
-            async with replica.using(request.session) as session:
-                yield replica, session.volume, _header(replica, None)
-            return
-        replica = self._pool.get(request.point.volume)
-        if request.point.number == 0 and replica.store.newest is None:
-            async with replica.reading_start() as volume:
-                yield replica, volume, _header(replica, None)
-            return
-        point = replica.resolve(request.point.number)
-        async with replica.reading(point.number) as volume:
-            yield replica, volume, _header(replica, point)
 
     async def GetAllocationMap(
         self, request: pb.GetAllocationMapRequest, _: Context
     ) -> AsyncIterator[pb.GetAllocationMapResponse]:
         if request.region_size:
             check_region_size(request.region_size)
-        async with self._target(request) as (replica, volume, header):
-            found = await volume.allocation(request.region_size or replica.store.identity.region_size)
-            for message in map_to_messages(found, header):
-                yield message
+        if request.WhichOneof("target") == "session":
+            replica = self._by_session(request.session)
+            found = await replica.session_allocation(request.session, request.region_size)
+            header = _header(replica, None)
+        else:
+            replica = self._pool.get(request.point.volume)
+            unfinished = request.point.number == 0 and replica.store.newest is None
+            header = _header(replica, None if unfinished else replica.resolve(request.point.number))
+            async with replica.reading_start() if unfinished else replica.reading(header.generation) as volume:
+                found = await volume.allocation(request.region_size or replica.store.identity.region_size)
+        for message in map_to_messages(found, header):
+            yield message
 
     async def GetRegionDigests(
-        self, request: pb.GetRegionDigestsRequest, context: Context
+        self, request: pb.GetRegionDigestsRequest, _: Context
     ) -> AsyncIterator[pb.GetRegionDigestsResponse]:
-        async with self._target(request) as (replica, volume, _):
-            region_size = replica.store.identity.region_size
-            if request.piece_size not in (region_size, PIECE_SIZE, BLOCK_SIZE):
-                raise _invalid(
-                    f"digests per {request.piece_size} bytes are not possible",
-                    f"a piece has {region_size}, {PIECE_SIZE} or {BLOCK_SIZE} bytes",
+        if request.WhichOneof("target") == "session":
+            replica = self._by_session(request.session)
+            session = replica.session
+            size = session.geometry.size if session else 0
+            for run in _checked_pieces(request, replica.store.identity.region_size, size):
+                found, read = await replica.session_digests(
+                    request.session, request.piece_size, run, fresh=request.bypass_cache
                 )
-            key = request.key or (replica.store.identity.key if request.HasField("session") else b"")
-            if len(key) != KEY_SIZE:
-                raise _invalid("the digest key is not usable", f"a key has {KEY_SIZE} bytes")
-            pieces = list(runs_from_wire(request.pieces))
-            count = -(-volume.size // request.piece_size)
-            for first, length in pieces:
-                if length < 1 or first + length > count:
-                    raise _invalid(
-                        f"pieces ({first}, {length}) are not in the volume", f"it has {count} pieces of that size"
-                    )
-            for run in split_runs(pieces, max(DIGEST_BATCH // request.piece_size, 1)):
-                found = await volume.digests(request.piece_size, [run], key, region_size)
+                yield pb.GetRegionDigestsResponse(digests=found, bytes_read=read)
+            return
+        replica = self._pool.get(request.point.volume)
+        if len(request.key) != KEY_SIZE:
+            raise _invalid("the digest key is not usable", f"a key has {KEY_SIZE} bytes")
+        async with replica.reading(request.point.number) as volume:
+            region_size = replica.store.identity.region_size
+            for run in _checked_pieces(request, region_size, volume.size):
+                found = await volume.digests(request.piece_size, [run], request.key, region_size)
                 read = min(run[1] * request.piece_size, volume.size - run[0] * request.piece_size)
                 yield pb.GetRegionDigestsResponse(digests=found, bytes_read=read)
 
     async def WriteRegion(self, request: pb.WriteRegionRequest, _: Context) -> pb.WriteRegionResponse:
         response = pb.WriteRegionResponse()
-        await self._apply(pb.Change(write=request), request.session, response.result)
+        replica = self._by_session(request.session)
+        result = await replica.write_region(request, memoryview(request.data), request.session)
+        result.add_to(response.result)
         return response
 
     async def UnmapRegion(self, request: pb.UnmapRegionRequest, _: Context) -> pb.UnmapRegionResponse:
         response = pb.UnmapRegionResponse()
-        await self._apply(pb.Change(unmap=request), request.session, response.result)
+        result = await self._by_session(request.session).unmap_region(request, request.session)
+        result.add_to(response.result)
         return response
 
-    async def ApplyChanges(
-        self, requests: AsyncIterator[pb.ApplyChangesRequest], _: Context
-    ) -> AsyncIterator[pb.ApplyChangesResponse]:
-        ref = pb.SessionRef()
-        expected = 1
-        try:
-            async for request in requests:
-                if request.HasField("session"):
-                    ref = request.session
-                if request.sequence != expected:
-                    raise _invalid(f"change message {request.sequence} is out of order", f"{expected} was due")
-                expected += 1
-                response = pb.ApplyChangesResponse(received=request.sequence)
-                for change in request.changes:
-                    mismatch = await self._apply(change, ref, response.totals)
-                    if mismatch:
-                        response.mismatched_offsets.append(change.write.offset)
-                if not request.changes:
-                    async with self._by_session(ref).using(ref):
-                        pass
-                if request.flush:
-                    async with self._by_session(ref).using(ref) as session:
-                        await session.volume.flush()
-                    response.durable = request.sequence
-                yield response
-        finally:
-            # A client that closes the stream goes on to commit, or is gone and will not use its lease.
-            replica = self._pool.find_session(ref.session_id)
-            if replica is not None:
-                await replica.release(ref)
-
-    async def _apply(self, change: pb.Change, ref: pb.SessionRef, totals: pb.ChangeResult) -> bool:
-        """Apply a change, whichever way it came; whether the region's digest does not match."""
+    async def ApplyChanges(self, requests: AsyncIterator[bytes], _: Context) -> AsyncIterator[pb.ApplyChangesResponse]:
+        first = await anext(requests, None)
+        if first is None:
+            return
+        ref = decode_request(first)[0].session
         replica = self._by_session(ref)
-        match change.WhichOneof("change"):
-            case "write":
-                result = await replica.write_region(change.write, ref)
-            case "unmap":
-                result = await replica.unmap_region(change.unmap, ref)
-            case _:
-                raise _invalid("a change without content", "it is neither a write nor an unmap")
-        result.add_to(totals)
-        return result.mismatch
+        receiver = ChangeReceiver(replica, ref, self._budget)
+        try:
+            async with contextlib.aclosing(receiver.responses(first, requests)) as responses:
+                async for response in responses:
+                    yield response
+        except BaseException:
+            # The client is gone or must start over: it will not use its lease. After a clean end it goes on to commit.
+            replica.release(ref)
+            raise
 
     async def CommitSessions(self, request: pb.CommitSessionsRequest, _: Context) -> pb.CommitSessionsResponse:
         if len(request.commits) != 1:
@@ -175,7 +148,8 @@ class ReplicationService:
         for commit in request.commits:
             if len(commit.commit_id) != COMMIT_ID_SIZE:
                 raise _invalid("the commit id is not usable", f"it has {COMMIT_ID_SIZE} bytes")
-            point = await self._pool.get(commit.volume).commit(commit.session, commit.commit_id)
+            keep = retention_from_wire(commit.keep) if commit.HasField("keep") else None
+            point = await self._pool.get(commit.volume).commit(commit.session, commit.commit_id, keep)
             response.commits.add(
                 volume=commit.volume,
                 generation=point.number,
@@ -200,6 +174,21 @@ class ReplicationService:
                 next="run the sync again; it continues with what is already there",
             )
         return replica
+
+
+def _checked_pieces(request: pb.GetRegionDigestsRequest, region_size: int, size: int) -> list[Run]:
+    """The runs of pieces a request asks for, cut to what is hashed at once; INVALID_ARGUMENT where they are not in a
+    volume of `size` bytes."""
+    if request.piece_size not in (region_size, PIECE_SIZE, BLOCK_SIZE):
+        raise _invalid(
+            f"digests per {request.piece_size} bytes are not possible",
+            f"a piece has {region_size}, {PIECE_SIZE} or {BLOCK_SIZE} bytes",
+        )
+    count = -(-size // request.piece_size)
+    for run in request.pieces:
+        if run.count < 1 or run.first + run.count > count:
+            raise _invalid(f"pieces ({run.first}, {run.count}) are not in the volume", f"it has {count} of that size")
+    return list(split_runs(runs_from_wire(request.pieces), max(DIGEST_BATCH // request.piece_size, 1)))
 
 
 def _header(replica: Replica, point: Point | None) -> pb.AllocationMapHeader:

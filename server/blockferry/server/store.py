@@ -1,10 +1,13 @@
 """What one replica is on disk. Blocking calls; `replica.py` runs them on threads.
 
-    NAME/replica.json        identity: UUID, region size, digest key. Written once.
-    NAME/commits.log         the truth: commit, drop and overwrite records. One fsynced record is the commit.
-    NAME/session.json        the epoch, and what is known of the session at work.
-    NAME/COMMIT-ID.img       the image of a committed generation; never written again.
-    NAME/work.img            the image a session works on.
+    NAME/replica.json         identity: UUID, region size, digest key. Written once.
+    NAME/commits.log          the truth: commit, drop, overwrite and keep records. One fsynced record is the commit.
+    NAME/session.json         the epoch of the last session.
+    NAME/COMMIT-ID.img        the image of a committed generation; never written again.
+    NAME/COMMIT-ID.digests    its digests (cache.py).
+    NAME/work.img             the image a session works on.
+    NAME/progress.json        regions of work.img that are durable, for a session of the same immutable snapshot.
+    NAME/clean.json           left by a clean shutdown: which images nobody has touched since.
 
 Invariant 3: images are named by commit id and everything else is derived from the log. A commit is: flush the work
 image, rename it to its commit id, fsync the directory, append the record. Dying before the record leaves an image that
@@ -22,10 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from blockferry.common import linux
+from blockferry.common import disk, linux
 from blockferry.common.digests import KEY_SIZE
-from blockferry.common.durable import Log, fsync_directory, rename_durably, write_atomic
+from blockferry.common.durable import Log, remove_durably, rename_durably, write_atomic, write_unsynced
 from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.retention import DEFAULT, Retention
+from blockferry.server import cache
+from blockferry.server.cache import DigestCache, Stamp
+from pyroaring import BitMap
 
 FORMAT = 1
 """Version of everything in a replica's directory. A newer server reads older ones; an older server refuses newer ones
@@ -35,7 +42,10 @@ _IDENTITY = "replica.json"
 _LOG = "commits.log"
 _SESSION = "session.json"
 _WORK = "work.img"
-_SUFFIX = ".img"
+_PROGRESS = "progress.json"
+_CLEAN = "clean.json"
+_IMAGE = ".img"
+_DIGESTS = ".digests"
 NEW_PREFIX = ".new-"
 
 
@@ -60,8 +70,19 @@ class SessionRecord(msgspec.Struct, frozen=True):
     epoch: int = 0
     session_id: str = ""
     size: int = 0
-    snapshot_id: str = ""
     client: str = ""
+
+
+class _Progress(msgspec.Struct, frozen=True):
+    snapshot_id: str
+    size: int
+    regions: bytes
+
+
+class _CleanStamp(msgspec.Struct, frozen=True):
+    inode: int
+    size: int
+    ctime_ns: int
 
 
 @dataclass(frozen=True)
@@ -72,11 +93,6 @@ class Point:
     commit_id: bytes
     size: int
     committed_at_us: int
-
-    @property
-    def file_name(self) -> str:
-        """Name of its image inside the replica's directory."""
-        return self.commit_id.hex() + _SUFFIX
 
 
 class Store:
@@ -94,9 +110,12 @@ class Store:
         """Bytes of the newest commit, also while that generation is being overwritten; None before the first."""
         self.overwritten = False
         """The newest committed generation was given up to an update in place that has not been committed."""
+        self.keep = DEFAULT
+        """How the replica's source wants its recovery points kept."""
         for record in self._log.records:
             self._replay(record)
         self.session = self._read_session()
+        self._stamps = self._take_clean_stamps()
         self._recover()
 
     @classmethod
@@ -104,14 +123,26 @@ class Store:
         """Make a new, empty replica. It appears under its name whole or not at all."""
         new = directory.with_name(f"{NEW_PREFIX}{uuid.uuid4().hex}")
         new.mkdir(mode=0o700)
-        identity = Identity(FORMAT, uuid.uuid4().hex, region_size, secrets.token_hex(KEY_SIZE), time.time_ns() // 1000)
+        identity = Identity(FORMAT, uuid.uuid4().hex, region_size, secrets.token_hex(KEY_SIZE), _now_us())
         write_atomic(new / _IDENTITY, msgspec.json.encode(identity))
         Log(new / _LOG).close()
+        disk.crash_point("create-before-rename")
         rename_durably(new, directory)
         return cls(directory, clones=clones)
 
     def close(self) -> None:
-        """Let go of the log."""
+        """A clean end: note which images are as this process left them."""
+        stamps = {
+            point.commit_id.hex(): _CleanStamp(stamp.inode, stamp.size, stamp.ctime_ns)
+            for point in self.points
+            if (stamp := self._stamps.get(point.commit_id)) is not None
+        }
+        with contextlib.suppress(OSError):
+            write_unsynced(self.directory / _CLEAN, msgspec.json.encode(stamps))
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Let go of the log and vouch for nothing."""
         self._log.close()
 
     # --- reading back ---------------------------------------------------------------------------------------------
@@ -120,7 +151,7 @@ class Store:
         path = self.directory / _IDENTITY
         try:
             identity = msgspec.json.decode(path.read_bytes(), type=Identity)
-        except (OSError, msgspec.DecodeError, msgspec.ValidationError) as error:
+        except (OSError, msgspec.MsgspecError) as error:
             raise _corrupt(path, str(error)) from error
         if identity.format > FORMAT:
             raise BlockferryError(
@@ -137,47 +168,61 @@ class Store:
             return msgspec.json.decode(path.read_bytes(), type=SessionRecord)
         except FileNotFoundError:
             return SessionRecord()
-        except (OSError, msgspec.DecodeError, msgspec.ValidationError) as error:
+        except (OSError, msgspec.MsgspecError) as error:
             # Going on with a lower epoch could let a fenced writer back in.
             raise _corrupt(path, str(error)) from error
+
+    def _take_clean_stamps(self) -> dict[bytes, Stamp]:
+        """The stamps of a clean shutdown, once: a process that dies leaves none."""
+        path = self.directory / _CLEAN
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=dict[str, _CleanStamp])
+        except (OSError, msgspec.MsgspecError):
+            found = {}
+        disk.unlink(path)
+        return {bytes.fromhex(name): Stamp(one.inode, one.size, one.ctime_ns) for name, one in found.items()}
 
     def _replay(self, record: dict[str, object]) -> None:
         kind, number = record.get("kind"), record.get("number")
         if kind == "commit" and isinstance(number, int):
-            size, at, commit = record.get("size"), record.get("at_us"), record.get("commit_id")
-            if isinstance(size, int) and isinstance(at, int) and isinstance(commit, str):
-                self.points.append(Point(number, bytes.fromhex(commit), size, at))
-                self.last_number = number
-                self.committed_size = size
+            point = _point_of(record)
+            if point is not None:
+                self.points.append(point)
+                self.last_number, self.committed_size = number, point.size
                 self.overwritten = False
                 return
         elif kind in ("drop", "overwrite") and isinstance(number, int):
             self.points = [point for point in self.points if point.number != number]
             self.overwritten = self.overwritten or kind == "overwrite"
             return
+        elif kind == "keep":
+            with contextlib.suppress(msgspec.ValidationError):
+                self.keep = msgspec.convert(record.get("rules"), Retention)
+                return
         raise _corrupt(self.directory / _LOG, f"unknown record {record!r}")
 
+    def _append(self, record: dict[str, object]) -> None:
+        self._log.append(record)
+        self._replay(record)
+
     def _recover(self) -> None:
-        known = {point.file_name for point in self.points}
-        work = self.directory / _WORK
-        changed = False
-        for path in sorted(self.directory.glob("*" + _SUFFIX)):
-            if path.name in known or path == work:
+        known = {self.image(point).name for point in self.points}
+        for path in sorted(self.directory.glob("*" + _IMAGE)):
+            if path.name in known or path == self.work:
                 continue
             # Renamed for a commit whose record was never written; or dropped, and not yet removed.
-            if work.exists() or self._was_committed(path.stem):
-                path.unlink()
+            if self.work.exists() or self._was_dropped(path.stem):
+                disk.unlink(path)
             else:
-                path.rename(work)
-            changed = True
+                disk.rename(path, self.work)
+        for path in self.directory.glob("*" + _DIGESTS):
+            if path.with_suffix(_IMAGE).name not in known:
+                disk.unlink(path)
         for path in self.directory.glob("*.tmp"):
-            path.unlink()
-            changed = True
-        if changed:
-            fsync_directory(self.directory)
+            disk.unlink(path)
 
-    def _was_committed(self, commit_id: str) -> bool:
-        """Whether an image without a point is one that was committed and dropped, rather than one on its way."""
+    def _was_dropped(self, commit_id: str) -> bool:
+        """Whether an image without a point was committed and dropped, rather than being on its way."""
         overwritten = [record["number"] for record in self._log.records if record.get("kind") == "overwrite"]
         return any(
             record.get("commit_id") == commit_id and record["number"] not in overwritten
@@ -202,81 +247,141 @@ class Store:
         """The generation a commit id became, even if retention has dropped it since."""
         for record in reversed(self._log.records):
             if record.get("kind") == "commit" and record.get("commit_id") == commit_id.hex():
-                number, size, at = record["number"], record["size"], record["at_us"]
-                assert isinstance(number, int) and isinstance(size, int) and isinstance(at, int)
-                return Point(number, commit_id, size, at)
+                return _point_of(record)
         return None
 
     def image(self, point: Point) -> Path:
         """Where a generation's image is."""
-        return self.directory / point.file_name
+        return self.directory / (point.commit_id.hex() + _IMAGE)
 
     @property
     def work(self) -> Path:
         """Where the image of a session is, whether or not it exists."""
         return self.directory / _WORK
 
-    def bytes_held(self) -> int:
-        """Bytes of disk the replica occupies. Extents shared between clones count once for each."""
+    def bytes_held(self, point: Point) -> int:
+        """Bytes of disk that would be freed if only this point were deleted."""
+        fd = os.open(self.image(point), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return linux.unshared_bytes(fd)
+        finally:
+            os.close(fd)
+
+    def total_bytes_held(self) -> int:
+        """Bytes of disk of all images; extents shared between clones count once for each of them."""
         total = 0
         for path in self.directory.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 total += path.stat().st_blocks * 512
         return total
 
-    # --- changing -------------------------------------------------------------------------------------------------
+    # --- digests --------------------------------------------------------------------------------------------------
+
+    def recorded_digests(self, point: Point) -> DigestCache | None:
+        """What was committed, region by region, whatever the image holds now."""
+        path = self.image(point).with_suffix(_DIGESTS)
+        return cache.load(path, point.commit_id, self.identity.region_size)
+
+    def trusted_digests(self, point: Point) -> DigestCache | None:
+        """What the image holds now without reading it, or None if anything may have touched it since its commit."""
+        stamp = self._stamps.get(point.commit_id)
+        try:
+            if stamp is None or stamp != Stamp.of(self.image(point)):
+                return None
+        except OSError:
+            return None
+        return self.recorded_digests(point)
+
+    # --- sessions -------------------------------------------------------------------------------------------------
 
     def write_session(self, record: SessionRecord) -> None:
         """Make a session's epoch durable (invariant 4: before OpenSession answers)."""
         write_atomic(self.directory / _SESSION, msgspec.json.encode(record))
         self.session = record
 
-    def begin_work(self, size: int) -> None:
+    def begin_work(self, size: int, snapshot_id: str) -> tuple[BitMap, DigestCache]:
         """See to it that the work image exists, with `size` bytes: the one an earlier session left, a clone of the
-        newest generation, that generation itself where the pool cannot clone, or a new file for a first sync."""
-        work = self.work
-        newest = self.newest
-        if not work.exists():
-            if newest is None:
-                os.close(os.open(work, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            elif self.clones:
-                self._clone(self.image(newest), work)
-            else:
-                # The record comes first: from here on the generation does not exist.
-                self._log.append({"kind": "overwrite", "number": newest.number})
-                self._replay(self._log.records[-1])
-                os.rename(self.image(newest), work)
-            fsync_directory(self.directory)
-        if self.committed_size is None and work.stat().st_size > size:
-            # An unfinished first sync of a larger source: nothing is committed, so start over.
-            os.truncate(work, 0)
-        os.truncate(work, size)
+        newest generation, that generation itself where the pool cannot clone, or a new file for a first sync.
 
-    @staticmethod
-    def _clone(source: Path, target: Path) -> None:
-        temporary = target.with_suffix(".tmp")
-        source_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        Returns the regions that are durable from an interrupted session of the same immutable snapshot, and the digests
+        that are known of the work image without reading it. Nothing here needs a flush: a work image that a power
+        failure damages is compared like any other.
+        """
+        newest = self.newest
+        progress = self._read_progress(snapshot_id, size)
+        if progress is None:
+            # Durably, and before the first write: what it says is no longer so.
+            remove_durably(self.directory / _PROGRESS)
+        if self.work.exists():
+            digests = None
+        else:
+            digests = self.trusted_digests(newest) if newest is not None and self.clones else None
+            self._make_work(newest)
+        disk.crash_point("open-work-made")
+        fd = os.open(self.work, os.O_RDWR | os.O_CLOEXEC)
         try:
-            target_fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            if self.committed_size is None and os.fstat(fd).st_size > size:
+                # An unfinished first sync of a larger source: nothing is committed, so start over.
+                disk.truncate(fd, 0)
+            if digests is not None and os.fstat(fd).st_size != size:
+                digests.forget(os.fstat(fd).st_size // self.identity.region_size)
+            disk.truncate(fd, size)
+        finally:
+            os.close(fd)
+        return progress or BitMap(), digests or DigestCache()
+
+    def _make_work(self, newest: Point | None) -> None:
+        if newest is None:
+            os.close(disk.create(self.work))
+        elif self.clones:
+            temporary = self.work.with_suffix(".tmp")
+            source_fd = os.open(self.image(newest), os.O_RDONLY | os.O_CLOEXEC)
+            target_fd = disk.create(temporary, os.O_WRONLY | os.O_TRUNC)
             try:
                 linux.reflink(source_fd, target_fd)
             finally:
                 os.close(target_fd)
-        finally:
-            os.close(source_fd)
-        os.rename(temporary, target)
+                os.close(source_fd)
+            disk.crash_point("open-cloned")
+            disk.rename(temporary, self.work)
+        else:
+            # The record comes first: from here on the generation does not exist.
+            self._append({"kind": "overwrite", "number": newest.number})
+            disk.crash_point("open-overwrite-recorded")
+            disk.rename(self.image(newest), self.work)
+
+    def _read_progress(self, snapshot_id: str, size: int) -> BitMap | None:
+        if not snapshot_id or not self.work.exists():
+            return None
+        try:
+            found = msgspec.json.decode((self.directory / _PROGRESS).read_bytes(), type=_Progress)
+            return BitMap.deserialize(found.regions) if (found.snapshot_id, found.size) == (snapshot_id, size) else None
+        except (OSError, msgspec.MsgspecError, ValueError):
+            return None
+
+    def write_progress(self, snapshot_id: str, size: int, regions: BitMap) -> None:
+        """Note regions of the work image that the caller has flushed (invariant 5)."""
+        record = _Progress(snapshot_id, size, regions.serialize())
+        write_atomic(self.directory / _PROGRESS, msgspec.json.encode(record))
 
     def discard_work(self) -> None:
         """Drop the work image, unless it is all there is left of an overwritten generation."""
         if not self.overwritten:
-            self.work.unlink(missing_ok=True)
-            fsync_directory(self.directory)
+            disk.unlink(self.work)
 
-    def commit(self, commit_id: bytes, size: int) -> Point:
+    def set_keep(self, keep: Retention) -> None:
+        """Remember how the source wants its points kept."""
+        if keep != self.keep:
+            self._append({"kind": "keep", "rules": msgspec.to_builtins(keep)})
+
+    def commit(self, commit_id: bytes, size: int, digests: DigestCache) -> Point:
         """Make the work image, which the caller has flushed, the newest generation."""
-        point = Point(self.last_number + 1, commit_id, size, time.time_ns() // 1000)
-        rename_durably(self.work, self.image(point))
-        self._log.append(
+        point = Point(self.last_number + 1, commit_id, size, _now_us())
+        image = self.image(point)
+        cache.save(image.with_suffix(_DIGESTS), digests, commit_id, self.identity.region_size)
+        rename_durably(self.work, image)
+        disk.crash_point("commit-renamed")
+        self._append(
             {
                 "kind": "commit",
                 "number": point.number,
@@ -285,15 +390,34 @@ class Store:
                 "at_us": point.committed_at_us,
             }
         )
-        self._replay(self._log.records[-1])
+        disk.crash_point("commit-recorded")
+        self._stamps[commit_id] = Stamp.of(image)
         return point
+
+    def distrust(self, point: Point) -> None:
+        """The image was found to hold something else than was committed: let the next sync read it."""
+        self._stamps.pop(point.commit_id, None)
 
     def drop(self, point: Point) -> None:
         """Give up an older generation: the record first, so that no record ever names a missing image."""
-        self._log.append({"kind": "drop", "number": point.number})
-        self._replay(self._log.records[-1])
-        self.image(point).unlink(missing_ok=True)
-        fsync_directory(self.directory)
+        self._append({"kind": "drop", "number": point.number})
+        disk.crash_point("drop-recorded")
+        disk.unlink(self.image(point))
+        disk.unlink(self.image(point).with_suffix(_DIGESTS))
+        self._stamps.pop(point.commit_id, None)
+
+
+def _point_of(record: dict[str, object]) -> Point | None:
+    """The point of a commit record, or None where the record is not one."""
+    match record:
+        case {"number": int(number), "commit_id": str(commit_id), "size": int(size), "at_us": int(at_us)}:
+            return Point(number, bytes.fromhex(commit_id), size, at_us)
+        case _:
+            return None
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000
 
 
 def _corrupt(path: Path, cause: str) -> BlockferryError:

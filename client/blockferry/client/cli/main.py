@@ -15,8 +15,10 @@ from pathlib import Path
 
 import uvloop
 from blockferry.client.cli.render import Console
+from blockferry.common import linux, retention
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import check_region_size
+from blockferry.common.retention import Retention
 
 Command = Callable[[argparse.Namespace, Console], Awaitable[int]]
 
@@ -47,6 +49,13 @@ def _parse_rate(text: str) -> int:
     return rate
 
 
+def _parse_retention(text: str) -> Retention:
+    try:
+        return retention.parse(text)
+    except BlockferryError as error:
+        raise argparse.ArgumentTypeError(error.line()) from error
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     common = argparse.ArgumentParser(add_help=False)
@@ -75,6 +84,14 @@ def build_parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         one.add_argument("--grow", action="store_true", help="enlarge the replica if the source is larger")
     synced.add_argument("--bwlimit", type=_parse_rate, default=0, metavar="RATE", help="bytes per second, such as 100M")
+    synced.add_argument(
+        "--keep", type=_parse_retention, metavar="RULES",
+        help="recovery points to keep from now on, such as last=12,hourly=24,daily=7",
+    )  # fmt: skip
+    synced.add_argument(
+        "--in-place", action="store_true",
+        help="where the pool cannot clone files: overwrite the only committed generation (unsafe while it runs)",
+    )  # fmt: skip
     synced.add_argument("--live", action="store_true", help="accept a source that is mounted or open for writing")
     synced.add_argument(
         "--state-dir", type=Path, metavar="DIR",
@@ -96,6 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(replica, "list", "list the replicas of a server").add_argument("address", metavar="ADDRESS")
     add(replica, "show", "show one replica").add_argument("address", metavar="ADDRESS/VOLUME")
+    add(replica, "points", "list the recovery points of a replica").add_argument("address", metavar="ADDRESS/VOLUME")
+    checked = add(replica, "verify", "re-read a generation and report rot by range; exit status 3 if there is any")
+    checked.add_argument("address", metavar="ADDRESS/VOLUME[@NUMBER]")
     return parser
 
 
@@ -140,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(json=arguments.json, quiet=arguments.quiet)
     # gRPC's own complaints would come between a progress display and the one line an error is.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    linux.tune_malloc()
     try:
         return uvloop.run(_run(_find(arguments), arguments, console))
     except BlockferryError as error:

@@ -33,6 +33,12 @@ def human_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of aligned columns; the first row is the heading."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 class Console:
     """Where a command's words go. With `json` stdout carries one object; `quiet` leaves only results and errors."""
 
@@ -80,17 +86,18 @@ async def _show_bar(progress: Progress) -> None:
         TransferSpeedColumn(),
         TextColumn("time left"),
         TimeRemainingColumn(),
+        TextColumn("[yellow]{task.fields[note]}"),
         console=Terminal(file=sys.stderr),
     )
     shown: list[tuple[Phase, TaskID]] = []
 
     def update() -> None:
         for phase in progress.phases[len(shown) :]:
-            shown.append((phase, bars.add_task(phase.name, total=phase.total or None)))
+            shown.append((phase, bars.add_task(phase.name, total=phase.total or None, note="")))
         for phase, task in shown:
             # A phase without bytes to count (the map, the commit) is a moving bar, and full when it is over.
             total = phase.total or (1 if phase.over else None)
-            bars.update(task, total=total, completed=phase.done or int(phase.over))
+            bars.update(task, total=total, completed=phase.done or int(phase.over), note=phase.note())
 
     with bars:
         try:
@@ -120,5 +127,5 @@ def _line(phase: Phase, seconds: float) -> str:
     left = human_seconds((phase.total - phase.done) / rate) if rate > 0 and phase.total else "unknown"
     return (
         f"{phase.name}: {human_bytes(phase.done)} of {human_bytes(phase.total)}, "
-        f"{human_bytes(rate)}/s, time left {left}"
+        f"{human_bytes(rate)}/s, time left {left}" + (f", {note}" if (note := phase.note()) else "")
     )

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
 from blockferry.client.cli.main import Command
-from blockferry.client.cli.render import Console, human_bytes, human_seconds
+from blockferry.client.cli.render import Console, human_bytes, human_seconds, table
 from blockferry.client.plan import Plan
 from blockferry.client.report import SCHEMA, Progress, plan_report
 from blockferry.client.sync import SyncOptions, plan, sync
@@ -18,6 +18,7 @@ from blockferry.common.regions import DEFAULT_REGION_SIZE
 from blockferry.common.rpc import Connection
 from blockferry.common.volumes import Volume, open_volume
 from blockferry.v1 import replicas_pb2 as pb
+from blockferry.v1.replication_pb2 import PointRef
 
 SHOWN_RANGES = 20
 """Differing ranges listed for people; `--json` has them all."""
@@ -30,6 +31,8 @@ def _options(arguments: argparse.Namespace) -> SyncOptions:
         grow=arguments.grow,
         live=getattr(arguments, "live", False),
         insecure=arguments.insecure,
+        in_place=getattr(arguments, "in_place", False),
+        keep=getattr(arguments, "keep", None),
         state_directory=getattr(arguments, "state_dir", None),
     )
 
@@ -212,8 +215,7 @@ async def _replica_list(arguments: argparse.Namespace, console: Console) -> int:
         )
         for replica in response.replicas
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = table(rows)
     report = {"schema": SCHEMA, "replicas": [_replica_fields(replica) for replica in response.replicas]}
     console.result(report, lines if response.replicas else [f"{arguments.address} holds no replicas"])
     return 0
@@ -241,6 +243,87 @@ async def _replica_show(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+async def _replica_points(arguments: argparse.Namespace, console: Console) -> int:
+    async with _connected(arguments) as connection:
+        volume = connection.address.require_volume().volume
+        response = await connection.call(
+            "Replicas/ListRecoveryPoints",
+            pb.ListRecoveryPointsRequest(volume=volume),
+            pb.ListRecoveryPointsResponse,
+        )
+    rows = [("NUMBER", "COMMITTED", "AGE", "SIZE", "HELD", "KEPT BY", "COMMIT")]
+    rows += [
+        (
+            str(point.number),
+            _time(point.committed_at_us) or "",
+            _age(point.committed_at_us),
+            human_bytes(point.size),
+            human_bytes(point.bytes_held),
+            ", ".join(point.kept_by) or "nothing: goes with the next commit",
+            point.commit_id.hex(),
+        )
+        for point in response.points
+    ]
+    report = {
+        "schema": SCHEMA,
+        "volume": volume,
+        "points": [
+            {
+                "number": point.number,
+                "commit_id": point.commit_id.hex(),
+                "committed_at": _time(point.committed_at_us),
+                "size": point.size,
+                "bytes_held": point.bytes_held,
+                "path": point.path,
+                "kept_by": list(point.kept_by),
+            }
+            for point in response.points
+        ],
+    }
+    console.result(report, table(rows) if response.points else [f"{volume} has no recovery points yet"])
+    return 0
+
+
+async def _replica_verify(arguments: argparse.Namespace, console: Console) -> int:
+    progress = Progress()
+    rotten: list[tuple[int, int]] = []
+    unrecorded = 0
+    async with _connected(arguments) as connection:
+        address = connection.address.require_volume()
+        point = PointRef(volume=address.volume, number=address.number)
+        phase = progress.start("verify")
+        async with console.showing(progress):
+            async for part in connection.stream(
+                "Replicas/VerifyReplica", pb.VerifyReplicaRequest(point=point), pb.VerifyReplicaResponse
+            ):
+                phase.done, phase.total = part.bytes_done, part.bytes_total
+                unrecorded += part.bytes_unrecorded
+                rotten += [(one.offset, one.length) for one in part.rotten]
+            progress.finish()
+    report = {
+        "schema": SCHEMA,
+        "volume": address.volume,
+        "outcome": "rotten" if rotten else "sound",
+        "bytes": {
+            "checked": phase.total,
+            "rotten": sum(length for _, length in rotten),
+            "unrecorded": unrecorded,
+        },
+        "ranges": [{"offset": offset, "length": length} for offset, length in rotten],
+    }
+    lines = [
+        f"{arguments.address}: {human_bytes(phase.total)} read, "
+        + (f"{human_bytes(sum(length for _, length in rotten))} are not what was committed" if rotten else "all sound")
+    ]
+    lines += [f"  rotten at {offset}, {length} bytes" for offset, length in rotten[:SHOWN_RANGES]]
+    if rotten:
+        lines.append("  sync again to repair it: the next sync reads the replica instead of trusting what it knows")
+    if unrecorded:
+        lines.append(f"  {human_bytes(unrecorded)} have no recorded digest: nothing can be said about them")
+    console.result(report, lines)
+    return 3 if rotten else 0
+
+
 COMMANDS: dict[str, Command] = {
     "plan": _plan,
     "sync": _sync,
@@ -248,4 +331,6 @@ COMMANDS: dict[str, Command] = {
     "volume_show": _volume_show,
     "replica_list": _replica_list,
     "replica_show": _replica_show,
+    "replica_points": _replica_points,
+    "replica_verify": _replica_verify,
 }

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from blockferry.common import linux
+from blockferry.common import disk, linux
 from blockferry.common.digests import Data
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Provenance
@@ -73,13 +73,13 @@ class ImageVolume(Volume):
     @classmethod
     def _create(cls, path: Path, size: int) -> ImageVolume:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = disk.create(path)
         except OSError as error:
             raise from_os_error(error, f"cannot create {path}", volume=str(path)) from error
         try:
             if os.fstat(fd).st_size > size:
                 raise BlockferryError(Code.SIZE_MISMATCH, f"{path} is larger than {size} bytes", volume=str(path))
-            os.ftruncate(fd, size)
+            disk.truncate(fd, size)
         except OSError as error:
             os.close(fd)
             raise from_os_error(error, f"cannot give {path} {size} bytes", volume=str(path)) from error
@@ -97,7 +97,8 @@ class ImageVolume(Volume):
 
     def _allocation(self, geometry: Geometry) -> AllocationMap:
         try:
-            os.fsync(self._fd)
+            # Delayed allocation: what is not on its way to the disk yet may be reported as a hole.
+            disk.fsync(self._fd)
             own = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise from_os_error(error, "cannot read the allocation", volume=self.uri) from error
@@ -142,7 +143,7 @@ class ImageVolume(Volume):
             view = memoryview(data)
             try:
                 while view:
-                    count = os.pwrite(self._fd, view, offset)
+                    count = disk.pwrite(self._fd, view, offset)
                     view, offset = view[count:], offset + count
             except OSError as error:
                 raise from_os_error(error, "cannot write", volume=self.uri, offset=offset, length=len(view)) from error
@@ -169,7 +170,7 @@ class ImageVolume(Volume):
 
     async def flush(self) -> None:
         try:
-            await in_thread(os.fsync, self._fd)
+            await in_thread(disk.fsync, self._fd)
         except OSError as error:
             raise from_os_error(error, "cannot flush", volume=self.uri) from error
 
