@@ -46,6 +46,14 @@ def write_atomic(path: Path, data: bytes) -> None:
     rename_durably(temporary, path)
 
 
+def make_directories(path: Path) -> None:
+    """Make a directory (mode 0700) and those missing above it, durably."""
+    missing = [one for one in (path, *path.parents) if not one.exists()]
+    for one in reversed(missing):
+        one.mkdir(mode=0o700, exist_ok=True)
+        disk.fsync_directory(one.parent)
+
+
 def rename_durably(source: Path, target: Path) -> None:
     """Rename within one directory, durably."""
     disk.rename(source, target)
@@ -121,7 +129,7 @@ def _decode(line: bytes) -> dict[str, object] | None:
         return None
     try:
         record = msgspec.json.decode(body)
-    except ValueError:
+    except (ValueError, msgspec.MsgspecError):
         return None
     return record if isinstance(record, dict) else None
 
