@@ -33,7 +33,7 @@ BATCH_SIZE = 8 * 1024 * 1024
 UNMAP_SIZE = 1024 * 1024 * 1024
 """Bytes unmapped by one message, so that very long runs still show progress."""
 
-MESSAGE_SIZE = 1024 * 1024
+MESSAGE_SIZE = 4 * 1024 * 1024
 """Bytes of changes gathered in one message; a single larger change goes alone. See docs/performance.md."""
 
 Region = tuple[int, memoryview]

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code, from_os_error
@@ -22,6 +23,8 @@ from blockferry.server.session import Event, State, state_at_rest, transition
 from blockferry.server.store import Point, SessionRecord, Store
 from blockferry.v1 import replication_pb2 as pb
 from pyroaring import BitMap
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -244,26 +247,31 @@ class Replica:
             if region not in changed:
                 session.digests.put(region, found[index * size : (index + 1) * size])
 
-    async def write_region(self, request: pb.WriteRegionRequest, data: memoryview, ref: pb.SessionRef) -> apply.Result:
-        """Check and apply one change. `data` is the request's data, which may be a view of a larger message."""
+    async def write_regions(
+        self, requests: Sequence[tuple[pb.WriteRegionRequest, memoryview]], ref: pb.SessionRef
+    ) -> list[apply.Result]:
+        """Check and apply changes of different regions, each with its data."""
         async with self._using(ref) as session, session.applying:
-            apply.check_write(self.name, session.geometry, request, len(data))
-            region = request.offset // session.geometry.region_size
-            was_zero = session.allocated is not None and region not in session.allocated
-            session.change(region, 1)
-            if session.allocated is not None:
-                session.allocated.add(region)
-            result = await self._survive(
-                session,
-                apply.write_region(session.volume, self.store.identity.key, request, data, was_zero=was_zero),
-            )
-            if result.digest is not None:
-                session.digests.put(region, result.digest)
-            if result.mismatch:
-                session.settled.discard(region)
-            elif session.snapshot_id:
-                session.settled.add(region)
-            return result
+            for request, data in requests:
+                apply.check_write(self.name, session.geometry, request, len(data))
+            changes = []
+            for request, data in requests:
+                region = request.offset // session.geometry.region_size
+                was_zero = session.allocated is not None and region not in session.allocated
+                changes.append(apply.Write(request, data, was_zero))
+                session.change(region, 1)
+                if session.allocated is not None:
+                    session.allocated.add(region)
+            await self._survive(session, apply.write_regions(session.volume, self.store.identity.key, changes))
+            for change in changes:
+                region = change.request.offset // session.geometry.region_size
+                if change.result.digest is not None:
+                    session.digests.put(region, change.result.digest)
+                if change.result.mismatch:
+                    session.settled.discard(region)
+                elif session.snapshot_id:
+                    session.settled.add(region)
+            return [change.result for change in changes]
 
     async def unmap_region(self, request: pb.UnmapRegionRequest, ref: pb.SessionRef) -> apply.Result:
         """Check and apply one change."""
@@ -285,7 +293,7 @@ class Replica:
                     if first + count <= session.geometry.count:
                         session.settled.add_range(first, first + count)
 
-    async def _survive(self, session: Session, change: Awaitable[apply.Result]) -> apply.Result:
+    async def _survive(self, session: Session, change: Awaitable[T]) -> T:
         """A full disk ends the session and gives its space back: the committed generations need none of it."""
         try:
             return await change
