@@ -50,7 +50,11 @@ def mounted(kind: str, directory: Path, size: int = IMAGE_SIZE) -> Iterator[Path
     try:
         yield mountpoint
     finally:
-        subprocess.run(["umount", str(mountpoint)], check=True, capture_output=True)
+        done = subprocess.run(["umount", str(mountpoint)], capture_output=True, text=True)
+        if done.returncode != 0:
+            # Out of the way all the same, and loudly: something still holds a file open.
+            subprocess.run(["umount", "--lazy", str(mountpoint)], check=True, capture_output=True)
+            raise RuntimeError(f"cannot unmount {kind}: {done.stderr.strip()}")
         image.unlink()
 
 

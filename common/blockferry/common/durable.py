@@ -118,8 +118,10 @@ class Log:
         self.records.append(record)
 
     def close(self) -> None:
-        """Close the descriptor; everything appended is durable already."""
-        os.close(self._fd)
+        """Close the descriptor, once; everything appended is durable already."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def _decode(line: bytes) -> dict[str, object] | None:
