@@ -51,7 +51,9 @@ def check(request: pb.WriteRegionRequest) -> None:
 
 
 async def write(volume: MemoryVolume, request: pb.WriteRegionRequest, *, was_zero: bool = False) -> apply.Result:
-    return await apply.write_region(volume, KEY, request, memoryview(request.data), was_zero=was_zero)
+    change = apply.Write(request, memoryview(request.data), was_zero)
+    await apply.write_regions(volume, KEY, [change])
+    return change.result
 
 
 # --- what is refused --------------------------------------------------------------------------------------------
@@ -232,29 +234,72 @@ async def test_a_digest_under_another_key_is_a_mismatch() -> None:
 
 @pytest.mark.parametrize("uncompared", [False, True])
 @pytest.mark.parametrize(
-    ("was_zero", "writes", "known"),
+    ("was_zero", "writes", "zeros", "known"),
     [
-        pytest.param(False, [(0, TAIL)], True, id="whole region"),
-        pytest.param(False, [(0, 100), (100, TAIL - 100)], True, id="whole region in pieces"),
-        pytest.param(False, [(0, B)], False, id="part of a region with unknown rest"),
-        pytest.param(False, [], False, id="nothing"),
-        pytest.param(True, [(0, B)], True, id="part of a region that was zero"),
-        pytest.param(True, [(5, 7), (4990, 10)], True, id="odd pieces of a region that was zero"),
-        pytest.param(True, [], True, id="nothing in a region that was zero"),
+        pytest.param(False, [(0, TAIL)], [], True, id="whole region"),
+        pytest.param(False, [(0, 100), (100, TAIL - 100)], [], True, id="whole region in pieces"),
+        pytest.param(False, [(7, 100)], [(0, 7), (107, TAIL - 107)], True, id="whole region with zeros"),
+        pytest.param(False, [], [(0, TAIL)], True, id="whole region zero"),
+        pytest.param(False, [(0, B)], [], False, id="part of a region with unknown rest"),
+        pytest.param(False, [(0, B)], [(B, 1)], False, id="data and zeros with unknown rest"),
+        pytest.param(False, [], [], False, id="nothing"),
+        pytest.param(True, [(0, B)], [], True, id="part of a region that was zero"),
+        pytest.param(True, [(5, 7), (4990, 10)], [(100, 7)], True, id="odd pieces of a region that was zero"),
+        pytest.param(True, [], [], True, id="nothing in a region that was zero"),
     ],
 )
 async def test_the_digest_of_a_region_is_learnt_without_reading_and_is_true(
-    was_zero: bool, writes: Extents, known: bool, uncompared: bool
+    was_zero: bool, writes: Extents, zeros: Extents, known: bool, uncompared: bool
 ) -> None:
     content = bytearray(patterned())
     if was_zero:
         content[4 * REGION :] = bytes(TAIL)
     volume = MemoryVolume(bytes(content))
     data = os.urandom(sum(size for _, size in writes))
-    request = write_request(4 * REGION, TAIL, writes=writes, data=data, uncompared=uncompared)
+    request = write_request(4 * REGION, TAIL, writes=writes, zeros=zeros, data=data, uncompared=uncompared)
+    check(request)
     result = await write(volume, request, was_zero=was_zero)
     assert result.digest == (digest(volume.data[4 * REGION :], KEY) if known else None)
     assert result.read == (TAIL if uncompared else 0)
+
+
+@pytest.mark.parametrize("given_digest", ["right", "wrong"])
+async def test_a_whole_region_is_checked_against_what_came_and_not_read(given_digest: str) -> None:
+    volume = MemoryVolume(patterned())
+    data = os.urandom(REGION)
+    wanted = digest(data if given_digest == "right" else bytes(REGION), KEY)
+    result = await write(volume, write_request(REGION, writes=[(0, REGION)], data=data, digest=wanted))
+    mismatch = given_digest == "wrong"
+    assert result == apply.Result(mismatch=mismatch, written=REGION, read=0, digest=digest(data, KEY))
+    assert volume.operations == [("write", REGION, REGION)]
+
+
+async def test_changes_of_one_message_each_get_their_own_result() -> None:
+    content = bytearray(patterned())
+    content[2 * REGION : 3 * REGION] = bytes(REGION)
+    volume = MemoryVolume(bytes(content))
+    same, other = bytes(content[3 * REGION : 4 * REGION]), os.urandom(TAIL)
+    requests = [
+        write_request(0, writes=[(B, B)], zeros=[(0, B)], data=b"n" * B),
+        write_request(2 * REGION, writes=[(0, 5)], data=b"hello"),
+        write_request(3 * REGION, writes=[(0, REGION)], data=same, uncompared=True),
+        write_request(4 * REGION, TAIL, writes=[(0, TAIL)], data=other, digest=bytes(16)),
+        write_request(REGION),
+    ]
+    changes = [apply.Write(one, memoryview(one.data), one.offset == 2 * REGION) for one in requests]
+    await apply.write_regions(volume, KEY, changes)
+    content[: 2 * B] = bytes(B) + b"n" * B
+    content[2 * REGION : 2 * REGION + 5] = b"hello"
+    content[4 * REGION :] = other
+    assert volume.data == content
+    assert [change.result for change in changes] == [
+        apply.Result(written=B, unmapped=B),
+        apply.Result(written=5, digest=digest(content[2 * REGION : 3 * REGION], KEY)),
+        apply.Result(read=REGION, digest=digest(same, KEY)),
+        apply.Result(written=TAIL, mismatch=True, digest=digest(other, KEY)),
+        apply.Result(),
+    ]
+    assert volume.of("write") == [(B, B), (2 * REGION, 5), (4 * REGION, TAIL)]
 
 
 @st.composite
@@ -309,8 +354,8 @@ async def test_an_uncompared_write_of_what_is_there_writes_nothing() -> None:
     same = bytes(volume.data[REGION : 2 * REGION])
     request = write_request(REGION, writes=[(0, REGION)], data=same, digest=digest(same, KEY), uncompared=True)
     result = await write(volume, request)
-    assert result == apply.Result(mismatch=False, written=0, unmapped=0, read=2 * REGION, digest=digest(same, KEY))
-    assert volume.operations == [("read", REGION, REGION), ("read", REGION, REGION)]
+    assert result == apply.Result(mismatch=False, written=0, unmapped=0, read=REGION, digest=digest(same, KEY))
+    assert volume.operations == [("read", REGION, REGION)]
 
 
 async def test_differing_neighbours_are_written_together() -> None:

@@ -111,7 +111,9 @@ async def test_a_change_makes_the_destination_equal_and_sends_only_what_differs(
     request = arrived.request
     assert isinstance(request, pb.WriteRegionRequest)
     apply.check_write("db", Geometry(size, REGION), request, len(arrived.data))
-    result = await apply.write_region(volume, KEY, request, arrived.data, was_zero=False)
+    applied = apply.Write(request, arrived.data, was_zero=False)
+    await apply.write_regions(volume, KEY, [applied])
+    result = applied.result
 
     assert volume.data == before + ours
     assert not result.mismatch
