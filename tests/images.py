@@ -140,7 +140,8 @@ def _seek(fd: int, size: int) -> Iterable[tuple[int, int]]:
         try:
             start = os.lseek(fd, position, os.SEEK_DATA)
         except OSError as error:
-            assert error.errno == errno.ENXIO, error
+            if error.errno != errno.ENXIO:
+                raise
             return
         position = os.lseek(fd, start, os.SEEK_HOLE)
         yield start, position - start

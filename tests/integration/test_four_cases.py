@@ -11,8 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from tests.images import (
-    BLOCK, KIB, MIB, Expected, Hole, Piece, Snapshot, Zeros, blocks_of, build, change, expect, extents, noise,
+    BLOCK,
+    KIB,
+    MIB,
+    Expected,
+    Hole,
+    Piece,
+    Snapshot,
+    Zeros,
+    blocks_of,
+    build,
+    change,
+    expect,
+    extents,
+    noise,
 )  # fmt: skip
 from tests.support import Report, Server
 
