@@ -49,6 +49,7 @@ _SERVER_OPTIONS = [
 _CLIENT_OPTIONS = [*_COMMON_OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
 
 _STATUS = {
+    Code.USAGE: grpc.StatusCode.INVALID_ARGUMENT,
     Code.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
     Code.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Code.UNREADABLE: grpc.StatusCode.PERMISSION_DENIED,
