@@ -91,7 +91,6 @@ class Transfer:
             offset, length = self._geometry.extent(first, count)
             data = memoryview(buffer)[:length]
             await handle(first, count, offset, data)
-            self._phase.done += length
         finally:
             self._buffers.release(buffer)
 
@@ -120,6 +119,8 @@ class Transfer:
                 await self._send_region(start, region, writes=extents)
             else:
                 self._tally.zero += 1
+            # Region by region: under a low bandwidth limit a batch takes long enough to look stuck.
+            self._phase.done += len(region)
 
     # --- both: compare, then send what differs ---------------------------------------------------------------------
 
@@ -131,15 +132,17 @@ class Transfer:
         differing = differing_pieces(ours, theirs, REGION_DIGEST_SIZE)
         self._tally.equal += count - len(differing)
         self._tally.changed += len(differing)
+        regions = list(self._regions(offset, data))
+        self._phase.done += len(data) - sum(len(regions[index][1]) for index in differing)
         if not differing:
             return
-        regions = list(self._regions(offset, data))
         expected = [ours[index * REGION_DIGEST_SIZE : (index + 1) * REGION_DIGEST_SIZE] for index in differing]
         chosen = [regions[index] for index in differing]
         if not self._refiner.asking:
             for (start, region), wanted in zip(chosen, expected, strict=True):
                 self._refiner.sent_whole()
                 await self._send_whole(start, region, wanted)
+                self._phase.done += len(region)
             return
         blocks = await self._refiner.differing_blocks(
             chosen, lambda piece_size, runs: self._session.digests(piece_size, runs, self._tally)
@@ -147,6 +150,7 @@ class Transfer:
         for (start, region), wanted, runs in zip(chosen, expected, blocks, strict=True):
             writes, zeros = await in_thread(_writes_and_zeros, region, runs)
             await self._send_region(start, region, writes=writes, zeros=zeros, wanted=wanted)
+            self._phase.done += len(region)
 
     async def _read_and_digest(self, offset: int, data: memoryview) -> bytes:
         await self._read(offset, data)
