@@ -66,6 +66,7 @@ class Transfer:
     async def run(self) -> None:
         """Carry out the plan; returns when every change is applied and every checked region has its digest."""
         self._phase.total = self._plan.bytes_to_read + self._geometry.bytes_in(self._plan.unmap)
+        failure: BlockferryError | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 await self._unmap()
@@ -74,7 +75,10 @@ class Transfer:
                     handle = self._compare if compare else self._send
                     tasks.create_task(self._handle(handle, first, count, buffer), name=f"regions-{first}")
         except* BlockferryError as group:
-            raise _first(group) from None
+            failure = _first(group)
+        if failure is not None:
+            # Not raised above: before Python 3.11.4 whatever leaves an `except*` is wrapped in a group again.
+            raise failure
         await self._send_again(await self._stream.drain())
 
     def _batches(self) -> Iterable[tuple[int, int, bool]]:
