@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,16 +21,6 @@ ROUNDS = 10
 LONGEST = 2.5
 """Seconds after its start in which a sync at 8 MiB/s of all of SIZE may be hit: about what it takes, so that the kills
 fall before the session, into maps, transfer and commit, and sometimes after the end."""
-
-
-@pytest.fixture
-def cloning_server(xfs_pool_root: Path) -> Iterator[Server]:
-    """A server on a pool that can clone."""
-    pool = xfs_pool_root / "faults"
-    pool.mkdir()
-    server = Server(pool).start()
-    yield server
-    server.stop()
 
 
 def edit(dice: random.Random) -> list[Piece]:
@@ -52,8 +41,8 @@ def sync_and_kill(server: Server, source: Path, volume: str, delay: float) -> bo
     return False
 
 
-def test_the_last_generation_survives_kills_at_any_instant(cloning_server: Server, tmp_path: Path) -> None:
-    server, volume = cloning_server, "killed"
+def test_the_last_generation_survives_kills_at_any_instant(start_cloning_server: ServerFactory, tmp_path: Path) -> None:
+    server, volume = start_cloning_server(), "killed"
     dice = random.Random(20)
     source = build(tmp_path / "source.img", SIZE, edit(dice))
     assert server.sync(source, volume)["generation"] == 1
