@@ -192,6 +192,11 @@ class ChangeStream:
             self._call.cancel()
             await asyncio.gather(self._acknowledging, return_exceptions=True)
 
+    @property
+    def rate(self) -> int:
+        """Bytes per second it is limited to; 0 for no limit."""
+        return self._limiter.rate
+
     async def send(self, changes: Sequence[Outgoing]) -> None:
         """Send changes in one message; waits while too much is in flight."""
         weight = sum(change.size for change in changes)

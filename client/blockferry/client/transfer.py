@@ -69,6 +69,8 @@ class Transfer:
         self._phase = phase
         self._tally = tally
         self._refiner = Refiner(session.key, plan.geometry.region_size)
+        # Under a low bandwidth limit small messages: a large one would take long enough to look stuck.
+        self._message_size = min(MESSAGE_SIZE, stream.rate // 4) if stream.rate else MESSAGE_SIZE
         self._batch = max(BATCH_SIZE // plan.geometry.region_size, 1)
         self._buffers = BufferPool(self._batch * plan.geometry.region_size, buffer_bytes)
 
@@ -78,6 +80,7 @@ class Transfer:
             self._geometry.bytes_in(regions)
             for regions in (self._compare_regions, self._send_regions, self._unmap_regions)
         )
+        failure: BlockferryError | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 await self._unmap()
@@ -86,7 +89,10 @@ class Transfer:
                     handle = self._compare if compare else self._send
                     tasks.create_task(self._handle(handle, first, count, buffer), name=f"regions-{first}")
         except* BlockferryError as group:
-            raise _first(group) from None
+            failure = _first(group)
+        if failure is not None:
+            # Not raised above: before Python 3.11.4 whatever leaves an `except*` is wrapped in a group again.
+            raise failure
         await self._send_again(await self._stream.drain())
 
     def _batches(self) -> Iterable[tuple[int, int, bool]]:
@@ -103,7 +109,6 @@ class Transfer:
             offset, length = self._geometry.extent(first, count)
             data = memoryview(buffer)[:length]
             await handle(first, count, offset, data)
-            self._phase.done += length
         finally:
             self._buffers.release(buffer)
 
@@ -124,12 +129,14 @@ class Transfer:
 
     async def _send(self, first: int, count: int, offset: int, data: memoryview) -> None:
         await self._read(offset, data)
-        changes = await in_thread(_writes_of_nonzero, list(self._regions(offset, data)))
+        regions = list(self._regions(offset, data))
+        changes = await in_thread(_writes_of_nonzero, regions)
         self._tally.changed += len(changes)
         self._tally.zero += count - len(changes)
-        for start, _ in self._regions(offset, data) if self._settling else ():
+        for start, region in regions:
             if start not in changes:
                 self._settle(start)
+                self._phase.done += len(region)
         await self._send_changes(list(changes.values()))
 
     # --- both: compare, then send what differs ---------------------------------------------------------------------
@@ -142,11 +149,12 @@ class Transfer:
         differing = differing_pieces(ours, theirs, REGION_DIGEST_SIZE)
         self._tally.equal += count - len(differing)
         self._tally.changed += len(differing)
-        for index in {*range(count)} - {*differing} if self._settling else ():
-            self._settle(offset + index * self._geometry.region_size)
+        regions = list(self._regions(offset, data))
+        for index in {*range(count)}.difference(differing):
+            self._settle(regions[index][0])
+            self._phase.done += len(regions[index][1])
         if not differing:
             return
-        regions = list(self._regions(offset, data))
         expected = [ours[index * REGION_DIGEST_SIZE : (index + 1) * REGION_DIGEST_SIZE] for index in differing]
         chosen = [regions[index] for index in differing]
         if not self._refiner.asking:
@@ -199,15 +207,17 @@ class Transfer:
     async def _send_changes(self, changes: Sequence[Outgoing]) -> None:
         """Send changes, as many in a message as fit."""
         gathered: list[Outgoing] = []
-        size = 0
         for change in changes:
-            if gathered and size + change.size > MESSAGE_SIZE:
-                await self._stream.send(gathered)
-                gathered, size = [], 0
+            if gathered and sum(one.size for one in gathered) + change.size > self._message_size:
+                await self._send_gathered(gathered)
+                gathered = []
             gathered.append(change)
-            size += change.size
         if gathered:
-            await self._stream.send(gathered)
+            await self._send_gathered(gathered)
+
+    async def _send_gathered(self, changes: Sequence[Outgoing]) -> None:
+        await self._stream.send(changes)
+        self._phase.done += sum(change.length for change in changes)
 
 
 def _whole(region: Region) -> Run:
