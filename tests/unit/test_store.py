@@ -26,7 +26,7 @@ REGION = 65536
 SIZE = 3 * REGION + 5
 IDS = [bytes([number]) * 16 for number in range(10)]
 
-KINDS = [pytest.param("ext4", id="in place on ext4"), pytest.param("xfs", id="clones on xfs")]
+KINDS = [pytest.param("temporary", id="in place"), pytest.param("xfs", id="clones on xfs")]
 
 
 def clones_on(kind: str) -> bool:
@@ -401,7 +401,7 @@ def test_an_image_that_was_dropped_and_not_yet_removed_is_removed(place: Place) 
 
 
 def test_an_image_given_up_and_not_yet_renamed_is_work(place: Place) -> None:
-    store = Store.create(place("ext4") / "db", REGION, clones=False)
+    store = Store.create(place("temporary") / "db", REGION, clones=False)
     first = commit(store, 1)
     store.begin_work(SIZE, "")
     store.work.rename(store.image(first))
