@@ -22,7 +22,8 @@ PIECE_SIZE = 64 * 1024
 Data = bytes | bytearray | memoryview
 
 # Left operands of comparisons. A bytearray on the left compares by memcmp with any buffer on the right (22 us for a
-# zero MiB); bytes or a memoryview on the left compare a memoryview element by element (1760 us).
+# zero MiB); bytes or a memoryview on the left compare a memoryview element by element (1760 us). The linter's wish for
+# the other order (SIM300) would make every search for zeros eighty times slower.
 _ZERO_BLOCK = bytearray(BLOCK_SIZE)
 _ZERO_PIECE = bytearray(PIECE_SIZE)
 
@@ -63,13 +64,13 @@ def is_zero(data: memoryview) -> bool:
     """Whether every byte is zero. A plain comparison: cheaper than any digest, and cannot collide."""
     whole = len(data) - len(data) % PIECE_SIZE
     return (
-        all(data[start : start + PIECE_SIZE] == _ZERO_PIECE for start in range(0, whole, PIECE_SIZE))
+        all(_ZERO_PIECE == data[start : start + PIECE_SIZE] for start in range(0, whole, PIECE_SIZE))  # noqa: SIM300
         and bytearray(len(data) - whole) == data[whole:]
     )
 
 
 def _block_is_zero(block: memoryview) -> bool:
-    return block == _ZERO_BLOCK if len(block) == BLOCK_SIZE else bytearray(len(block)) == block
+    return _ZERO_BLOCK == block if len(block) == BLOCK_SIZE else bytearray(len(block)) == block  # noqa: SIM300
 
 
 def nonzero_extents(data: memoryview) -> Iterator[Run]:
