@@ -67,11 +67,13 @@ def serving(pool: Path) -> Iterator[Server]:
 
 @dataclass(frozen=True)
 class Run:
-    """One finished command: its report, whole-process seconds, and peak resident bytes."""
+    """One finished command: its report, whole-process seconds, peak resident bytes, and pages it made the kernel
+    provide."""
 
     report: dict[str, Any]
     seconds: float
     peak_bytes: int
+    page_faults: int
 
 
 def blockferry(*arguments: str | Path, state: Path) -> Run:
@@ -91,4 +93,4 @@ def blockferry(*arguments: str | Path, state: Path) -> Run:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise AssertionError(f"blockferry {arguments[0]} ended with status {process.returncode}: {output.decode()}")
-    return Run(json.loads(output), seconds, usage.ru_maxrss * 1024)
+    return Run(json.loads(output), seconds, usage.ru_maxrss * 1024, usage.ru_minflt)

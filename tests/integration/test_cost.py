@@ -124,3 +124,17 @@ def test_zeros_are_found_by_comparing_memory(
     monkeypatch.setattr(digests, name, Compared(size))
     assert search(memoryview(bytes(MIB)))
     assert Compared.asked == MIB // size
+
+
+def test_messages_are_built_in_memory_that_is_there_already(tmp_path: Path) -> None:
+    """Four times the data must not make the kernel provide four times the pages: buffers are used again."""
+    faults = []
+    with serving(tmp_path / "pool") as server:
+        for count in (64, 256):
+            image = tmp_path / f"{count}.raw"
+            write_image(image, 1024 * MIB, scattered_regions(1024 * MIB, count), REGION)
+            done = blockferry("sync", image, f"{server.address}/v{count}", state=tmp_path / "state")
+            assert done.report["bytes"]["data_sent"] == count * REGION
+            faults.append(done.page_faults)
+    # Fresh pages for each buffer and message would be at least one fault for each of these pages.
+    assert faults[1] - faults[0] < (256 - 64) * REGION // 4096 // 4, faults

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import uvloop
-from blockferry.common import rpc, telemetry
+from blockferry.common import linux, rpc, telemetry
 from blockferry.common.errors import BlockferryError
 from blockferry.server.pool import Pool
 from blockferry.server.replicas import ReplicasService
@@ -80,6 +80,7 @@ def main() -> int:
     """Entry point of the console script."""
     arguments = _arguments(sys.argv[1:])
     telemetry.configure_logging()
+    linux.keep_freed_memory()
     try:
         uvloop.run(serve(arguments))
     except BlockferryError as error:

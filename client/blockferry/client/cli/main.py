@@ -15,6 +15,7 @@ from pathlib import Path
 
 import uvloop
 from blockferry.client.cli.render import Console
+from blockferry.common import linux
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import check_region_size
 
@@ -140,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(json=arguments.json, quiet=arguments.quiet)
     # gRPC's own complaints would come between a progress display and the one line an error is.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    linux.keep_freed_memory()
     try:
         return uvloop.run(_run(_find(arguments), arguments, console))
     except BlockferryError as error:
