@@ -1,4 +1,4 @@
-"""What the documents say is so: links lead somewhere, every module is in README.md, its commands exist, and the example
+"""What the documents say is so: links go somewhere, every module is in README.md, its commands exist, and the example
 client of docs/protocol.md does what it says against a real server."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROTOCOL = (ROOT / "docs/protocol.md").read_text()
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(document: Path) -> None:
+def test_links_go_somewhere(document: Path) -> None:
     links = re.findall(r"\]\(([^)#][^)]*)\)", document.read_text())
     local = [link.split("#")[0] for link in links if "://" not in link]
     assert [link for link in local if not (document.parent / link).exists()] == []
