@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
     arguments = build_parser().parse_args(argv)
     console = Console(json=arguments.json, quiet=arguments.quiet)
-    linux.tune_malloc()
+    linux.keep_freed_memory()
     try:
         return uvloop.run(_run(_find(arguments), arguments, console))
     except BlockferryError as error:
