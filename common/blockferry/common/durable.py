@@ -46,6 +46,14 @@ def write_atomic(path: Path, data: bytes) -> None:
     rename_durably(temporary, path)
 
 
+def make_directories(path: Path) -> None:
+    """Make a directory (mode 0700) and those missing above it, durably."""
+    missing = [one for one in (path, *path.parents) if not one.exists()]
+    for one in reversed(missing):
+        one.mkdir(mode=0o700, exist_ok=True)
+        disk.fsync_directory(one.parent)
+
+
 def rename_durably(source: Path, target: Path) -> None:
     """Rename within one directory, durably."""
     disk.rename(source, target)
@@ -88,7 +96,7 @@ class Log:
             line = data[good : end if end >= 0 else len(data)]
             record = _decode(line) if end >= 0 else None
             if record is None:
-                if end >= 0 and end + 1 < len(data):
+                if end >= 0 and (end + 1 < len(data) or _ends_with_record(line)):
                     raise BlockferryError(
                         Code.CORRUPT_STATE,
                         f"{self.path} is damaged",
@@ -110,16 +118,25 @@ class Log:
         self.records.append(record)
 
     def close(self) -> None:
-        """Close the descriptor; everything appended is durable already."""
-        os.close(self._fd)
+        """Close the descriptor, once; everything appended is durable already."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def _decode(line: bytes) -> dict[str, object] | None:
+    body = line[9:]
+    # Compared as written: a checksum in capitals is a changed byte, too.
+    if line[:9] != b"%08x " % zlib.crc32(body):
+        return None
     try:
-        checksum, body = line.split(b" ", 1)
-        if int(checksum, 16) != zlib.crc32(body):
-            return None
         record = msgspec.json.decode(body)
-    except (ValueError, msgspec.DecodeError):
+    except (ValueError, msgspec.MsgspecError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def _ends_with_record(line: bytes) -> bool:
+    """Whether a whole record ends a damaged last line: then the newline before it is what was lost, and the damage is
+    not in the last record."""
+    return any(_decode(line[start:]) is not None for start in range(1, len(line)))

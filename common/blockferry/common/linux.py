@@ -11,6 +11,7 @@ import enum
 import errno
 import fcntl
 import os
+import signal
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,6 +180,9 @@ def opened_for_writing(fd: int) -> bool:
     A read lease can be had only on a file that nobody has open for writing. `fd` must be open read-only. Where leases
     are not possible (another owner's file, a file system without them) the answer is no.
     """
+    # Somebody who opens the file while we hold the lease makes the kernel signal us: by default with SIGIO, which ends
+    # a process; SIGURG is ignored.
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as error:

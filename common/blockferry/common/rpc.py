@@ -17,7 +17,7 @@ from blockferry.common.address import Address
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import MAX_REGION_SIZE
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 
 M = TypeVar("M", bound=Message)
@@ -87,10 +87,15 @@ def to_status(error: BlockferryError) -> status_pb2.Status:
     info = error_details_pb2.ErrorInfo(reason=error.code.name, domain=_DOMAIN)
     for name, value in error.fields().items():
         if value is not None and name != "code":
-            info.metadata[name] = str(value)
-    status = status_pb2.Status(code=_STATUS[error.code].value[0], message=error.line())
+            info.metadata[name] = _utf8(str(value))
+    status = status_pb2.Status(code=_STATUS[error.code].value[0], message=_utf8(error.line()))
     status.details.add().Pack(info)
     return status
+
+
+def _utf8(text: str) -> str:
+    """Paths may hold bytes that are no UTF-8; protobuf strings may not."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> BlockferryError:
@@ -119,10 +124,13 @@ def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> BlockferryError
 
 
 def _unpack(data: bytes) -> BlockferryError | None:
-    status = status_pb2.Status.FromString(data)
-    for detail in status.details:
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info) and info.domain == _DOMAIN and info.reason in Code.__members__:
+    try:
+        status = status_pb2.Status.FromString(data)
+        infos = [_error_info(detail) for detail in status.details]
+    except DecodeError:
+        return None
+    for info in infos:
+        if info.domain == _DOMAIN and info.reason in Code.__members__:
             fields = info.metadata
             return BlockferryError(
                 Code[info.reason],
@@ -138,8 +146,14 @@ def _unpack(data: bytes) -> BlockferryError | None:
     return None
 
 
+def _error_info(detail: Any) -> error_details_pb2.ErrorInfo:
+    info = error_details_pb2.ErrorInfo()
+    detail.Unpack(info)
+    return info
+
+
 def _number(text: str | None) -> int | None:
-    return int(text) if text is not None and text.isdigit() else None
+    return int(text) if text is not None and text.isascii() and text.isdigit() else None
 
 
 # --- serving ----------------------------------------------------------------------------------------------------
@@ -156,7 +170,7 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BlockferryE
     _log().info("refused", method=method, **{key: value for key, value in error.fields().items() if value is not None})
     status = to_status(error)
     await context.abort(
-        _STATUS[error.code], error.line(), trailing_metadata=((_DETAILS_KEY, status.SerializeToString()),)
+        _STATUS[error.code], status.message, trailing_metadata=((_DETAILS_KEY, status.SerializeToString()),)
     )
 
 

@@ -64,6 +64,10 @@ class Identity(msgspec.Struct, frozen=True):
         return bytes.fromhex(self.digest_key)
 
 
+class _Version(msgspec.Struct, frozen=True):
+    format: int
+
+
 class SessionRecord(msgspec.Struct, frozen=True):
     """The durable part of a session. `epoch` only ever rises."""
 
@@ -112,11 +116,15 @@ class Store:
         """The newest committed generation was given up to an update in place that has not been committed."""
         self.keep = DEFAULT
         """How the replica's source wants its recovery points kept."""
-        for record in self._log.records:
-            self._replay(record)
-        self.session = self._read_session()
-        self._stamps = self._take_clean_stamps()
-        self._recover()
+        try:
+            for record in self._log.records:
+                self._replay(record)
+            self.session = self._read_session()
+            self._stamps = self._take_clean_stamps()
+            self._recover()
+        except BaseException:
+            self._log.close()
+            raise
 
     @classmethod
     def create(cls, directory: Path, region_size: int, *, clones: bool) -> Store:
@@ -150,17 +158,19 @@ class Store:
     def _read_identity(self) -> Identity:
         path = self.directory / _IDENTITY
         try:
-            identity = msgspec.json.decode(path.read_bytes(), type=Identity)
-        except (OSError, msgspec.MsgspecError) as error:
+            content = path.read_bytes()
+            # First of all, and alone: a newer format may have other fields.
+            version = msgspec.json.decode(content, type=_Version)
+            if version.format <= FORMAT:
+                return msgspec.json.decode(content, type=Identity)
+        except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
             raise _corrupt(path, str(error)) from error
-        if identity.format > FORMAT:
-            raise BlockferryError(
-                Code.UNSUPPORTED,
-                f"{path} was written by a newer blockferry",
-                cause=f"it has format {identity.format}, this server knows {FORMAT}",
-                next="run the newer server; nothing was changed",
-            )
-        return identity
+        raise BlockferryError(
+            Code.UNSUPPORTED,
+            f"{path} was written by a newer blockferry",
+            cause=f"it has format {version.format}, this server knows {FORMAT}",
+            next="run the newer server; nothing was changed",
+        )
 
     def _read_session(self) -> SessionRecord:
         path = self.directory / _SESSION
@@ -168,7 +178,7 @@ class Store:
             return msgspec.json.decode(path.read_bytes(), type=SessionRecord)
         except FileNotFoundError:
             return SessionRecord()
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
             # Going on with a lower epoch could let a fenced writer back in.
             raise _corrupt(path, str(error)) from error
 
@@ -177,10 +187,11 @@ class Store:
         path = self.directory / _CLEAN
         try:
             found = msgspec.json.decode(path.read_bytes(), type=dict[str, _CleanStamp])
-        except (OSError, msgspec.MsgspecError):
-            found = {}
+            stamps = {bytes.fromhex(name): Stamp(one.inode, one.size, one.ctime_ns) for name, one in found.items()}
+        except (OSError, ValueError, msgspec.MsgspecError):
+            stamps = {}
         disk.unlink(path)
-        return {bytes.fromhex(name): Stamp(one.inode, one.size, one.ctime_ns) for name, one in found.items()}
+        return stamps
 
     def _replay(self, record: dict[str, object]) -> None:
         kind, number = record.get("kind"), record.get("number")
@@ -336,11 +347,13 @@ class Store:
         elif self.clones:
             temporary = self.work.with_suffix(".tmp")
             source_fd = os.open(self.image(newest), os.O_RDONLY | os.O_CLOEXEC)
-            target_fd = disk.create(temporary, os.O_WRONLY | os.O_TRUNC)
             try:
-                linux.reflink(source_fd, target_fd)
+                target_fd = disk.create(temporary, os.O_WRONLY | os.O_TRUNC)
+                try:
+                    linux.reflink(source_fd, target_fd)
+                finally:
+                    os.close(target_fd)
             finally:
-                os.close(target_fd)
                 os.close(source_fd)
             disk.crash_point("open-cloned")
             disk.rename(temporary, self.work)
@@ -411,9 +424,9 @@ def _point_of(record: dict[str, object]) -> Point | None:
     """The point of a commit record, or None where the record is not one."""
     match record:
         case {"number": int(number), "commit_id": str(commit_id), "size": int(size), "at_us": int(at_us)}:
-            return Point(number, bytes.fromhex(commit_id), size, at_us)
-        case _:
-            return None
+            with contextlib.suppress(ValueError):
+                return Point(number, bytes.fromhex(commit_id), size, at_us)
+    return None
 
 
 def _now_us() -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import os
 import signal
 import sys
@@ -166,6 +167,8 @@ async def _run(command: Command, arguments: argparse.Namespace, console: Console
             )
         )
         return 128 + received[0]
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise from_os_error(error, f"{arguments.command} failed") from error
 
@@ -174,6 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
     arguments = build_parser().parse_args(argv)
     console = Console(json=arguments.json, quiet=arguments.quiet)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Paths may hold bytes that are no UTF-8; they leave as they came.
+        sys.stdout.reconfigure(errors="surrogateescape")
     linux.keep_freed_memory()
     try:
         return uvloop.run(_run(_find(arguments), arguments, console))
