@@ -24,6 +24,13 @@ _FICLONE = 0x40049409
 _libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_MMAP_THRESHOLD = 32 * 1024 * 1024
+"""Bytes: above every buffer and message (a region of 16 MiB and its envelope); the most that 64-bit glibc accepts."""
+_TRIM_THRESHOLD = 64 * 1024 * 1024
+"""Bytes kept on top of the heap: what a transfer has in flight."""
+
 NOT_SUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENODEV, errno.ENOTTY, errno.ENOSYS, errno.EINVAL})
 """What file systems and devices answer to an operation they do not know; never a failure of the data."""
 
@@ -36,6 +43,18 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep large freed buffers instead of giving them back to the kernel.
+
+    Otherwise each message of a transfer is built in pages that the kernel must zero first, which becomes the largest
+    cost of a copy. Other C libraries than glibc have no such call and are left alone.
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
 
 
 def reflink(source_fd: int, target_fd: int) -> None:
@@ -96,19 +115,6 @@ def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
             return
         position = min(os.lseek(fd, data, os.SEEK_HOLE), end)
         yield data, position - data
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEEP_BYTES = 32 * 1024 * 1024
-"""The largest value glibc takes for M_MMAP_THRESHOLD."""
-
-
-def tune_malloc() -> None:
-    """Let glibc keep freed message buffers instead of giving them back to the kernel: faulting fresh pages in again is
-    otherwise the largest cost of a copy (mallopt(3)). Elsewhere than on glibc this does nothing."""
-    if hasattr(_libc, "mallopt"):
-        _libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
-        _libc.mallopt(_M_TRIM_THRESHOLD, 2 * _KEEP_BYTES)
 
 
 class Zeroing(enum.Enum):

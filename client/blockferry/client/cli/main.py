@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Paths may hold bytes that are no UTF-8; they leave as they came.
         sys.stdout.reconfigure(errors="surrogateescape")
-    linux.tune_malloc()
+    linux.keep_freed_memory()
     try:
         return uvloop.run(_run(_find(arguments), arguments, console))
     except BlockferryError as error:
