@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from blockferry.server.store import Store
 from hypothesis import settings
 
 from tests.filesystems import KINDS, FileSystems, Unavailable
+from tests.unit import stores
+from tests.unit.stores import REGION, clones_on
 
 # Shared runners are slow at random: what a test proves is never a time.
 settings.register_profile("unit", deadline=None, print_blob=True)
@@ -51,3 +54,22 @@ def place(file_systems: FileSystems) -> Iterator[Place]:
 def directory(request: pytest.FixtureRequest, place: Place) -> Path:
     """An empty directory, on every kind of file system in turn."""
     return place(str(request.param))
+
+
+@pytest.fixture(params=stores.KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def home(place: Place, kind: str) -> Path:
+    """An empty directory for replicas on a file system of this kind."""
+    return place(kind)
+
+
+@pytest.fixture
+def store(home: Path, kind: str) -> Iterator[Store]:
+    """A new replica."""
+    made = Store.create(home / "db", REGION, clones=clones_on(kind))
+    yield made
+    made.abandon()
