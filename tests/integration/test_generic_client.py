@@ -52,6 +52,10 @@ def test_a_whole_sync_by_unary_calls(driven: Driven) -> None:
     regions = [content[at : at + MIB] for at in range(0, SIZE, MIB)]
     wanted = b"".join(blake3(region, key=opened.digest_key).digest(16) for region in regions)
     assert b"".join(answer.digests for answer in answers) == wanted
+    # What the regions hold that were written follows from the messages; only the unmapped one is read.
+    assert sum(answer.bytes_read for answer in answers) == MIB
+    answers = driven.replication("GetRegionDigests", {**asked, "bypass_cache": True})
+    assert b"".join(answer.digests for answer in answers) == wanted
     assert sum(answer.bytes_read for answer in answers) == SIZE
 
     committed = driven.commit()

@@ -125,9 +125,12 @@ class ChangeReceiver:
                     response.mismatched_offsets.append(change.request.offset)
         if request.settled:
             await self._replica.settle(self._ref, list(runs_from_wire(request.settled)))
+        if request.flush:
+            await self._replica.flush(self._ref)
+            self._durable = self._response().durable = request.sequence
         self._applied = self._response().received = request.sequence
         self._unflushed += len(message)
-        if request.flush or self._unflushed >= CHECKPOINT_BYTES:
+        if self._unflushed >= CHECKPOINT_BYTES:
             self._flush_due.set()
         self._wake.set()
 
@@ -158,7 +161,8 @@ class ChangeReceiver:
             self._flush_due.clear()
             applied, self._unflushed = self._applied, 0
             await self._replica.flush(self._ref)
-            self._durable = self._response().durable = applied
+            # A flush that a message asked for may have overtaken this one.
+            self._durable = self._response().durable = max(self._durable, applied)
             self._wake.set()
 
     def _response(self) -> pb.ApplyChangesResponse:
