@@ -39,7 +39,7 @@ class Session:
     digests: DigestCache
     allocated: BitMap | None = None
     """Regions that may hold data, once a map was asked for; all others are proven zero."""
-    last_seen: float = field(default_factory=time.monotonic)
+    last_seen: float = field(default_factory=lambda: time.monotonic())
     """Monotonic seconds of the last call."""
     failed: BlockferryError | None = None
     """A flush failed: nothing about the work image can be believed any more (invariant 3)."""
