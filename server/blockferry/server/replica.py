@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code, from_os_error
@@ -22,6 +23,8 @@ from blockferry.server.session import Event, State, state_at_rest, transition
 from blockferry.server.store import Point, SessionRecord, Store
 from blockferry.v1 import replication_pb2 as pb
 from pyroaring import BitMap
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -48,7 +51,8 @@ class Session:
     """For every digest being computed, the regions that changed meanwhile."""
 
     def change(self, first: int, count: int) -> None:
-        """These regions are about to change."""
+        """These regions change: to be said before the change, and again after it. Whoever reads a region meanwhile
+        began after the first word or will hear the second."""
         self.digests.forget(first, count)
         for changed in self.racing:
             changed.add_range(first, first + count)
@@ -68,6 +72,7 @@ class Replica:
         self._gate = Gate()
         self._pins: dict[int, float] = {}
         self._readers: dict[int, int] = {}
+        self._unfinished: set[asyncio.Task[object]] = set()
         self.state = self._state_at_rest()
 
     def _state_at_rest(self) -> State:
@@ -75,11 +80,35 @@ class Replica:
             committed=self.store.newest is not None, started=self.store.session.epoch > 0, promoted=False
         )
 
+    async def _to_the_end(self, work: Coroutine[object, object, T]) -> T:
+        """Finish `work` even if the caller gives up: a client that goes away must not leave the replica between two
+        states, and the outcome of a flush must not get lost (the kernel tells it once)."""
+        task = asyncio.create_task(work)
+        self._unfinished.add(task)
+        task.add_done_callback(self._unfinished.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(task)
+
     # --- opening --------------------------------------------------------------------------------------------------
 
     async def open_session(self, request: pb.OpenSessionRequest) -> Session:
         """Take the replica for one writer, or raise IN_USE, SIZE_MISMATCH, REGION_SIZE_MISMATCH, UNSUPPORTED or
         WRONG_STATE before anything changes."""
+        opened: list[Session] = []
+        try:
+            return await self._to_the_end(self._open_session(request, opened))
+        except asyncio.CancelledError:
+            # Nobody is left to hear of the session: the next one need not wait for it.
+            self._unfinished.add(task := asyncio.create_task(self._forsake(opened)))
+            task.add_done_callback(self._unfinished.discard)
+            raise
+
+    async def _forsake(self, opened: list[Session]) -> None:
+        async with self._gate.closed():
+            for session in opened:
+                session.last_seen = -self.lease_seconds
+
+    async def _open_session(self, request: pb.OpenSessionRequest, opened: list[Session]) -> Session:
         async with self._gate.closed():
             self._refuse_if_held(request)
             self._refuse_other_geometry(request)
@@ -107,6 +136,7 @@ class Replica:
                 digests=digests,
             )
             self.state = state
+            opened.append(self.session)
             return self.session
 
     def _refuse_if_held(self, request: pb.OpenSessionRequest) -> None:
@@ -201,10 +231,22 @@ class Replica:
 
     async def session_allocation(self, ref: pb.SessionRef, region_size: int) -> AllocationMap:
         """The map of the work image."""
+        return await self._to_the_end(self._session_allocation(ref, region_size))
+
+    async def _session_allocation(self, ref: pb.SessionRef, region_size: int) -> AllocationMap:
         async with self._using(ref) as session:
-            found = await session.volume.allocation(region_size or session.geometry.region_size)
+            changed = BitMap()
+            session.racing.append(changed)
+            try:
+                found = await session.volume.allocation(region_size or session.geometry.region_size)
+            except BlockferryError as error:
+                # Looking at the map flushes the image.
+                session.failed = error
+                raise
+            finally:
+                session.racing.remove(changed)
             if found.geometry == session.geometry:
-                session.allocated = found.regions.copy()
+                session.allocated = found.regions | changed
             return found
 
     async def session_digests(self, ref: pb.SessionRef, piece_size: int, run: Run, *, fresh: bool) -> tuple[bytes, int]:
@@ -253,10 +295,13 @@ class Replica:
             session.change(region, 1)
             if session.allocated is not None:
                 session.allocated.add(region)
-            result = await self._survive(
-                session,
-                apply.write_region(session.volume, self.store.identity.key, request, data, was_zero=was_zero),
-            )
+            try:
+                result = await self._survive(
+                    session,
+                    apply.write_region(session.volume, self.store.identity.key, request, data, was_zero=was_zero),
+                )
+            finally:
+                session.change(region, 1)
             if result.digest is not None:
                 session.digests.put(region, result.digest)
             if result.mismatch:
@@ -272,7 +317,10 @@ class Replica:
             first = request.offset // session.geometry.region_size
             count = -(-request.length // session.geometry.region_size)
             session.change(first, count)
-            result = await self._survive(session, apply.unmap_region(session.volume, request))
+            try:
+                result = await self._survive(session, apply.unmap_region(session.volume, request))
+            finally:
+                session.change(first, count)
             if session.snapshot_id:
                 session.settled.add_range(first, first + count)
             return result
@@ -296,6 +344,9 @@ class Replica:
 
     async def flush(self, ref: pb.SessionRef) -> None:
         """Make all that is applied durable, and note how far an immutable snapshot has come (invariant 5)."""
+        await self._to_the_end(self._flush(ref))
+
+    async def _flush(self, ref: pb.SessionRef) -> None:
         async with self._using(ref) as session:
             settled = session.settled.copy()
             try:
@@ -318,6 +369,9 @@ class Replica:
 
     async def abort(self, ref: pb.SessionRef, *, discard: bool) -> None:
         """End a session without a commit; a session that is not open any more is left alone."""
+        await self._to_the_end(self._abort(ref, discard))
+
+    async def _abort(self, ref: pb.SessionRef, discard: bool) -> None:
         async with self._gate.closed():
             held = self.session
             if held is None or (held.session_id, held.epoch) != (ref.session_id, ref.epoch):
@@ -329,6 +383,9 @@ class Replica:
 
     async def commit(self, ref: pb.SessionRef, commit_id: bytes, keep: Retention | None) -> Point:
         """Make the session's content the newest generation (invariant 3). Idempotent by commit id."""
+        return await self._to_the_end(self._commit(ref, commit_id, keep))
+
+    async def _commit(self, ref: pb.SessionRef, commit_id: bytes, keep: Retention | None) -> Point:
         async with self._gate.closed():
             done = self.store.committed(commit_id)
             if done is not None:
