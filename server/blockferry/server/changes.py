@@ -43,6 +43,7 @@ class ChangeReceiver:
         self._flush_due = asyncio.Event()
         self._applied = 0
         self._durable = 0
+        self._flush_asked = 0
         self._unflushed = 0
         self._expected = 1
         self.ended_well = False
@@ -68,7 +69,9 @@ class ChangeReceiver:
                 response, self._pending = self._pending, None
                 if response is not None:
                     yield response
-                elif work.done():
+                    # It may have been the last one.
+                    self._wake.set()
+                elif work.done() and self._durable >= self._flush_asked:
                     return
         finally:
             for task in tasks:
@@ -129,6 +132,8 @@ class ChangeReceiver:
             await self._replica.settle(self._ref, list(runs_from_wire(request.settled)))
         self._applied = self._response().received = request.sequence
         self._unflushed += len(message)
+        if request.flush:
+            self._flush_asked = request.sequence
         if request.flush or self._unflushed >= CHECKPOINT_BYTES:
             self._flush_due.set()
         self._wake.set()

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import structlog
 from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import AllocationMap, Geometry, Run, runs_of
@@ -25,6 +26,8 @@ from blockferry.v1 import replication_pb2 as pb
 from pyroaring import BitMap
 
 T = TypeVar("T")
+
+log = structlog.get_logger("blockferry.replica")
 
 
 @dataclass
@@ -72,6 +75,7 @@ class Replica:
         self._gate = Gate()
         self._pins: dict[int, float] = {}
         self._readers: dict[int, int] = {}
+        self._overwriting = False
         self._unfinished: set[asyncio.Task[object]] = set()
         self.state = self._state_at_rest()
 
@@ -114,30 +118,41 @@ class Replica:
             self._refuse_other_geometry(request)
             self._refuse_overwriting(request)
             state = transition(self.name, self.state, Event.OPEN)
-            await self._end_session()
-            record = SessionRecord(self.store.session.epoch + 1, uuid.uuid4().hex, request.size, request.client[:256])
+            # From here on nobody begins to read what is about to be overwritten.
+            self._overwriting = not self.store.clones
             try:
-                await in_thread(self.store.write_session, record)
-                crash_point("open-epoch-durable")
-                settled, digests = await in_thread(self.store.begin_work, request.size, request.snapshot_id)
-            except OSError as error:
+                await self._end_session()
+                self.session = await self._begin(request)
+            except (OSError, BlockferryError) as error:
+                # What the disk holds by now decides.
+                await in_thread(self._reopen)
                 self.state = self._state_at_rest()
-                raise from_os_error(error, f"cannot open a session of {self.name}", volume=self.name) from error
+                ours = _as_ours(error, f"cannot open a session of {self.name}")
+                ours.volume = self.name
+                raise ours from error
+            finally:
+                self._overwriting = False
             if self.store.overwritten and state is State.UPDATING:
                 state = transition(self.name, state, Event.OVERWRITE)
-            self.session = Session(
-                session_id=record.session_id,
-                epoch=record.epoch,
-                client=record.client,
-                geometry=Geometry(request.size, self.store.identity.region_size),
-                volume=await ImageVolume.open(self.store.work, writable=True),
-                snapshot_id=request.snapshot_id,
-                settled=settled,
-                digests=digests,
-            )
             self.state = state
             opened.append(self.session)
             return self.session
+
+    async def _begin(self, request: pb.OpenSessionRequest) -> Session:
+        record = SessionRecord(self.store.session.epoch + 1, uuid.uuid4().hex, request.size, request.client[:256])
+        await in_thread(self.store.write_session, record)
+        crash_point("open-epoch-durable")
+        settled, digests = await in_thread(self.store.begin_work, request.size, request.snapshot_id)
+        return Session(
+            session_id=record.session_id,
+            epoch=record.epoch,
+            client=record.client,
+            geometry=Geometry(request.size, self.store.identity.region_size),
+            volume=await ImageVolume.open(self.store.work, writable=True),
+            snapshot_id=request.snapshot_id,
+            settled=settled,
+            digests=digests,
+        )
 
     def _refuse_if_held(self, request: pb.OpenSessionRequest) -> None:
         held = self.session
@@ -181,8 +196,18 @@ class Replica:
         )
 
     def _refuse_overwriting(self, request: pb.OpenSessionRequest) -> None:
-        if self.store.clones or self.store.newest is None or request.in_place:
+        if self.store.clones or self.store.newest is None:
             return
+        if request.in_place:
+            if not self._readers:
+                return
+            raise BlockferryError(
+                Code.IN_USE,
+                f"{self.name} cannot be overwritten now",
+                cause="its only committed generation is being read",
+                next="wait until the verify, plan or sync that reads it is over",
+                volume=self.name,
+            )
         raise BlockferryError(
             Code.UNSUPPORTED,
             f"{self.name} cannot be updated safely",
@@ -403,6 +428,7 @@ class Replica:
                 session.failed = _as_ours(error, f"cannot commit {self.name}")
                 await self._end_session()
                 await in_thread(self._reopen)
+                await in_thread(self.store.discard_work)
                 self.state = self._state_at_rest()
                 raise session.failed from error
             await self._end_session()
@@ -437,23 +463,35 @@ class Replica:
         return dict(reasons_to_keep(points, (self.store.keep, self._floor), {*self._pins, *self._readers}))
 
     async def _retire(self) -> None:
-        kept = self.kept()
         for point in list(self.store.points):
-            if not kept[point.number]:
+            # Asked anew each time: somebody may have begun to read it while the last one was dropped.
+            if self.kept()[point.number]:
+                continue
+            try:
                 await in_thread(self.store.drop, point)
+            except OSError as error:
+                # The commit stands. The next one tries again, with what the disk says is there.
+                log.error("cannot drop a recovery point", volume=self.name, number=point.number, error=str(error))
+                await in_thread(self._reopen)
+                return
 
     def resolve(self, number: int) -> Point:
         """The generation with this number (0: the newest), or NOT_FOUND."""
         point = self.store.point(number)
-        if point is None:
+        if point is None or self._overwriting:
             raise BlockferryError(
                 Code.NOT_FOUND,
                 f"{self.name} has no {f'generation {number}' if number else 'committed generation'}",
-                cause="retention may have dropped it" if self.store.points else "its first sync has not finished",
+                cause=self._why_missing(),
                 next="list what there is with blockferry replica points" if number else "sync to it first",
                 volume=self.name,
             )
         return point
+
+    def _why_missing(self) -> str:
+        if self._overwriting or self.store.overwritten:
+            return "it is being overwritten in place"
+        return "retention may have dropped it" if self.store.points else "its first sync has not finished"
 
     @contextlib.asynccontextmanager
     async def reading(self, number: int) -> AsyncIterator[Volume]:
