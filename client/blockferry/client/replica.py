@@ -183,6 +183,7 @@ class ChangeStream:
         async with self._writing:
             self._beating.cancel()
         if kind is None:
+            await self.send([], last=True)
             with self._connection.translated():
                 await self._call.done_writing()
             await self._acknowledging
@@ -197,16 +198,18 @@ class ChangeStream:
         """Bytes per second it is limited to; 0 for no limit."""
         return self._limiter.rate
 
-    async def send(self, changes: Sequence[Outgoing]) -> None:
-        """Send changes in one message; waits while too much is in flight."""
+    async def send(self, changes: Sequence[Outgoing], *, last: bool = False) -> None:
+        """Send changes in one message; waits while too much is in flight. `last`: nothing follows."""
         weight = sum(change.size for change in changes)
         await self.budget.acquire(weight)
         try:
-            await self._limiter.acquire(weight)
+            # A heartbeat does not queue up behind data that waits for its bandwidth: the lease would run out.
+            if weight:
+                await self._limiter.acquire(weight)
             async with self._writing:
                 self._raise_failure()
                 self._sequence += 1
-                head = pb.ApplyChangesRequest(sequence=self._sequence, settled=runs_to_wire(self._unsaid))
+                head = pb.ApplyChangesRequest(sequence=self._sequence, settled=runs_to_wire(self._unsaid), last=last)
                 self._unsaid.clear()
                 if self._sequence == 1:
                     head.session.CopyFrom(self._session.ref)

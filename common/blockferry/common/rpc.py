@@ -107,7 +107,14 @@ def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> BlockferryError
                 return found
     details = error.details() or error.code().name
     match error.code():
-        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED | grpc.StatusCode.UNKNOWN:
+        case (
+            grpc.StatusCode.UNAVAILABLE
+            | grpc.StatusCode.CANCELLED
+            | grpc.StatusCode.UNKNOWN
+            # A server of ours sends its details with INTERNAL too; without them it is what gRPC makes of a peer that
+            # died in the middle of a message ("Internal error from Core").
+            | grpc.StatusCode.INTERNAL
+        ):
             lost = "failed to connect" not in details.lower()
             return BlockferryError(
                 Code.UNAVAILABLE,

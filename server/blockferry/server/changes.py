@@ -45,6 +45,8 @@ class ChangeReceiver:
         self._durable = 0
         self._unflushed = 0
         self._expected = 1
+        self.ended_well = False
+        """The sender said that nothing follows. A lost connection may look just like the end of its requests."""
 
     async def responses(
         self, first: bytes, requests: AsyncIterator[bytes]
@@ -66,6 +68,8 @@ class ChangeReceiver:
                 response, self._pending = self._pending, None
                 if response is not None:
                     yield response
+                    # It may have been the last one.
+                    self._wake.set()
                 elif work.done():
                     return
         finally:
@@ -113,6 +117,7 @@ class ChangeReceiver:
                 volume=self._replica.name,
             )
         self._expected += 1
+        self.ended_well = request.last
         response = self._response()
         if not changes:
             await self._replica.renew(self._ref)
