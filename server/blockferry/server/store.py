@@ -130,7 +130,7 @@ class Store:
     def create(cls, directory: Path, region_size: int, *, clones: bool) -> Store:
         """Make a new, empty replica. It appears under its name whole or not at all."""
         new = directory.with_name(f"{NEW_PREFIX}{uuid.uuid4().hex}")
-        new.mkdir(mode=0o700)
+        disk.make_directory(new)
         identity = Identity(FORMAT, uuid.uuid4().hex, region_size, secrets.token_hex(KEY_SIZE), _now_us())
         write_atomic(new / _IDENTITY, msgspec.json.encode(identity))
         Log(new / _LOG).close()
