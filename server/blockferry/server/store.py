@@ -106,6 +106,9 @@ class Store:
         self.directory = directory
         self.clones = clones
         self.identity = self._read_identity()
+        if not (directory / _LOG).exists():
+            # A new one would forget every generation, and their images would be taken for work.
+            raise _corrupt(directory / _LOG, "it is missing")
         self._log = Log(directory / _LOG)
         self.points: list[Point] = []
         """Committed generations, oldest first."""
@@ -120,6 +123,9 @@ class Store:
             for record in self._log.records:
                 self._replay(record)
             self.session = self._read_session()
+            if self.session.epoch == 0:
+                # Its name may be in memory only, whoever gave it: durable before anybody has a session.
+                disk.fsync_directory(directory.parent)
             self._stamps = self._take_clean_stamps()
             self._recover()
         except BaseException:
@@ -131,11 +137,12 @@ class Store:
         """Make a new, empty replica. It appears under its name whole or not at all."""
         new = directory.with_name(f"{NEW_PREFIX}{uuid.uuid4().hex}")
         disk.make_directory(new)
+        Log(new / _LOG).close()
         identity = Identity(FORMAT, uuid.uuid4().hex, region_size, secrets.token_hex(KEY_SIZE), _now_us())
         write_atomic(new / _IDENTITY, msgspec.json.encode(identity))
-        Log(new / _LOG).close()
         disk.crash_point("create-before-rename")
-        rename_durably(new, directory)
+        disk.rename(new, directory)
+        disk.crash_point("create-renamed")
         return cls(directory, clones=clones)
 
     def close(self) -> None:
@@ -362,6 +369,8 @@ class Store:
             self._append({"kind": "overwrite", "number": newest.number})
             disk.crash_point("open-overwrite-recorded")
             disk.rename(self.image(newest), self.work)
+            disk.unlink(self.image(newest).with_suffix(_DIGESTS))
+            self._stamps.pop(newest.commit_id, None)
 
     def _read_progress(self, snapshot_id: str, size: int) -> BitMap | None:
         if not snapshot_id or not self.work.exists():
