@@ -241,7 +241,8 @@ class Replica:
         try:
             found = await session.volume.digests(region_size, runs, key, region_size)
         finally:
-            session.racing.remove(changed)
+            # By identity: list.remove would take away an equal set that belongs to another reader.
+            session.racing = [one for one in session.racing if one is not changed]
         size = len(found) // len(regions)
         for index, region in enumerate(regions):
             if region not in changed:
