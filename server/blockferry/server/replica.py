@@ -349,6 +349,7 @@ class Replica:
                 crash_point("commit-flushed")
                 if keep is not None:
                     await in_thread(self.store.set_keep, keep)
+                    crash_point("commit-rules-kept")
                 point = await in_thread(self.store.commit, commit_id, session.geometry.size, session.digests)
             except (OSError, BlockferryError) as error:
                 # Nothing about the session can be believed; read back what the disk says.
@@ -360,6 +361,7 @@ class Replica:
             await self._end_session()
             self.state = state
             await self._retire()
+            crash_point("commit-unanswered")
             return point
 
     async def _end_session(self) -> None:
@@ -377,6 +379,7 @@ class Replica:
         """End whatever is open; work done so far stays for the next session."""
         async with self._gate.closed():
             await self._end_session()
+            crash_point("shutdown-sessions-ended")
             await in_thread(self.store.close)
 
     # --- recovery points ------------------------------------------------------------------------------------------

@@ -154,6 +154,7 @@ class Store:
         }
         with contextlib.suppress(OSError):
             write_unsynced(self.directory / _CLEAN, msgspec.json.encode(stamps))
+        disk.crash_point("shutdown-stamped")
         self.abandon()
 
     def abandon(self) -> None:
@@ -198,6 +199,7 @@ class Store:
         except (OSError, ValueError, msgspec.MsgspecError):
             stamps = {}
         disk.unlink(path)
+        disk.crash_point("start-stamps-taken")
         return stamps
 
     def _replay(self, record: dict[str, object]) -> None:
@@ -233,6 +235,7 @@ class Store:
                 disk.unlink(path)
             else:
                 disk.rename(path, self.work)
+            disk.crash_point("start-image-settled")
         for path in self.directory.glob("*" + _DIGESTS):
             if path.with_suffix(_IMAGE).name not in known:
                 disk.unlink(path)
@@ -330,6 +333,7 @@ class Store:
         if progress is None:
             # Durably, and before the first write: what it says is no longer so.
             remove_durably(self.directory / _PROGRESS)
+            disk.crash_point("open-progress-removed")
         if self.work.exists():
             digests = None
         else:
@@ -369,6 +373,7 @@ class Store:
             self._append({"kind": "overwrite", "number": newest.number})
             disk.crash_point("open-overwrite-recorded")
             disk.rename(self.image(newest), self.work)
+            disk.crash_point("open-overwrite-renamed")
             disk.unlink(self.image(newest).with_suffix(_DIGESTS))
             self._stamps.pop(newest.commit_id, None)
 
@@ -390,6 +395,7 @@ class Store:
         """Drop the work image, unless it is all there is left of an overwritten generation."""
         if not self.overwritten:
             disk.unlink(self.work)
+            disk.crash_point("discard-removed")
 
     def set_keep(self, keep: Retention) -> None:
         """Remember how the source wants its points kept."""
@@ -401,6 +407,7 @@ class Store:
         point = Point(self.last_number + 1, commit_id, size, _now_us())
         image = self.image(point)
         cache.save(image.with_suffix(_DIGESTS), digests, commit_id, self.identity.region_size)
+        disk.crash_point("commit-digests-written")
         rename_durably(self.work, image)
         disk.crash_point("commit-renamed")
         self._append(
@@ -425,6 +432,7 @@ class Store:
         self._append({"kind": "drop", "number": point.number})
         disk.crash_point("drop-recorded")
         disk.unlink(self.image(point))
+        disk.crash_point("drop-image-removed")
         disk.unlink(self.image(point).with_suffix(_DIGESTS))
         self._stamps.pop(point.commit_id, None)
 
