@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from blockferry.client.report import Tally
 from blockferry.common.address import Address
 from blockferry.common.digests import digest_size
+from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import ByteBudget, RateLimiter
 from blockferry.common.framing import Outgoing, encode_request
@@ -224,6 +225,7 @@ class ChangeStream:
             await self._settled.wait()
             self._raise_failure()
             raise
+        crash_point("client-changes-sent")
         self._tally.data_sent += sum(change.payload for change in changes)
 
     def settle(self, first: int, count: int) -> None:

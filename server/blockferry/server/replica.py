@@ -305,7 +305,8 @@ class Replica:
         try:
             found = await session.volume.digests(region_size, runs, key, region_size)
         finally:
-            session.racing.remove(changed)
+            # By identity: list.remove would take away an equal set that belongs to another reader.
+            session.racing = [one for one in session.racing if one is not changed]
         size = len(found) // len(regions)
         for index, region in enumerate(regions):
             if region not in changed:
@@ -428,6 +429,7 @@ class Replica:
                 crash_point("commit-flushed")
                 if keep is not None:
                     await in_thread(self.store.set_keep, keep)
+                    crash_point("commit-rules-kept")
                 point = await in_thread(self.store.commit, commit_id, session.geometry.size, session.digests)
             except (OSError, BlockferryError) as error:
                 # Nothing about the session can be believed; read back what the disk says.
@@ -440,6 +442,7 @@ class Replica:
             await self._end_session()
             self.state = state
             await self._retire()
+            crash_point("commit-unanswered")
             return point
 
     async def _end_session(self) -> None:
@@ -457,6 +460,7 @@ class Replica:
         """End whatever is open; work done so far stays for the next session."""
         async with self._gate.closed():
             await self._end_session()
+            crash_point("shutdown-sessions-ended")
             await in_thread(self.store.close)
 
     # --- recovery points ------------------------------------------------------------------------------------------
