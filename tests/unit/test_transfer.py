@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 from blockferry.client.transfer import _encode, _first, _writes_and_zeros, _writes_of_nonzero
-from blockferry.common.digests import digest
+from blockferry.common.digests import digest, nonzero_extents
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.framing import decode_request, encode_request
 from blockferry.common.regions import BLOCK_SIZE, Geometry, Run
@@ -63,10 +63,21 @@ def test_changed_blocks_fall_into_those_with_data_and_those_that_became_zero(
     assert covered == [at for first, count in runs for at in range(first * B, min((first + count) * B, len(region)))]
 
 
+@pytest.mark.parametrize("known", [False, True])
 @given(st.lists(sparse_regions(), max_size=4))
-def test_regions_of_zeros_are_not_written_and_others_without_their_zeros(regions: list[bytes]) -> None:
+def test_regions_of_zeros_are_not_written_and_others_without_their_zeros(known: bool, regions: list[bytes]) -> None:
+    # Where the source has no data the buffer holds whatever its last user left.
+    buffer = bytearray(b"\xaa" if known else b"\0") * sum(map(len, regions))
+    extents: list[Run] = []
+    placed, position = [], 0
+    for number, region in enumerate(regions):
+        for start, length in nonzero_extents(memoryview(region)):
+            buffer[position + start : position + start + length] = region[start : start + length]
+            extents.append((position + start, length))
+        placed.append((number * REGION, memoryview(buffer)[position : position + len(region)]))
+        position += len(region)
+    found = _writes_of_nonzero(placed, extents if known else [(0, len(buffer))])
     placed = [(number * REGION, memoryview(region)) for number, region in enumerate(regions)]
-    found = _writes_of_nonzero(placed)
     assert list(found) == [offset for offset, region in placed if any(region)]
     for offset, change in found.items():
         _, (arrived,) = decode_request(encode_request(pb.ApplyChangesRequest(), [change]))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from blockferry.client.report import Tally
 from blockferry.common.address import Address
 from blockferry.common.digests import digest_size
+from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import ByteBudget, RateLimiter
 from blockferry.common.framing import Outgoing, encode_request
@@ -183,6 +184,7 @@ class ChangeStream:
         async with self._writing:
             self._beating.cancel()
         if kind is None:
+            await self.send([], last=True)
             with self._connection.translated():
                 await self._call.done_writing()
             await self._acknowledging
@@ -197,16 +199,18 @@ class ChangeStream:
         """Bytes per second it is limited to; 0 for no limit."""
         return self._limiter.rate
 
-    async def send(self, changes: Sequence[Outgoing]) -> None:
-        """Send changes in one message; waits while too much is in flight."""
+    async def send(self, changes: Sequence[Outgoing], *, last: bool = False) -> None:
+        """Send changes in one message; waits while too much is in flight. `last`: nothing follows."""
         weight = sum(change.size for change in changes)
         await self.budget.acquire(weight)
         try:
-            await self._limiter.acquire(weight)
+            # A heartbeat does not queue up behind data that waits for its bandwidth: the lease would run out.
+            if weight:
+                await self._limiter.acquire(weight)
             async with self._writing:
                 self._raise_failure()
                 self._sequence += 1
-                head = pb.ApplyChangesRequest(sequence=self._sequence, settled=runs_to_wire(self._unsaid))
+                head = pb.ApplyChangesRequest(sequence=self._sequence, settled=runs_to_wire(self._unsaid), last=last)
                 self._unsaid.clear()
                 if self._sequence == 1:
                     head.session.CopyFrom(self._session.ref)
@@ -221,6 +225,7 @@ class ChangeStream:
             await self._settled.wait()
             self._raise_failure()
             raise
+        crash_point("client-changes-sent")
         self._tally.data_sent += sum(change.payload for change in changes)
 
     def settle(self, first: int, count: int) -> None:

@@ -15,7 +15,7 @@ from blockferry.client.compare import Refiner
 from blockferry.client.plan import Plan
 from blockferry.client.replica import ChangeStream, ReplicaSession
 from blockferry.client.report import Phase, Tally
-from blockferry.common.digests import REGION_DIGEST_SIZE, differing_pieces, digest, digests, is_zero, nonzero_extents
+from blockferry.common.digests import REGION_DIGEST_SIZE, differing_pieces, digest, digests, nonzero_extents
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import BufferPool
 from blockferry.common.framing import Outgoing, encode_unmap, encode_write
@@ -128,9 +128,10 @@ class Transfer:
     # --- source only: send what is not zero ------------------------------------------------------------------------
 
     async def _send(self, first: int, count: int, offset: int, data: memoryview) -> None:
-        await self._read(offset, data)
+        extents = await self._source.read_data_into(offset, data)
+        self._tally.source_read += sum(length for _, length in extents)
         regions = list(self._regions(offset, data))
-        changes = await in_thread(_writes_of_nonzero, regions)
+        changes = await in_thread(_writes_of_nonzero, regions, extents)
         self._tally.changed += len(changes)
         self._tally.zero += count - len(changes)
         for start, region in regions:
@@ -224,13 +225,29 @@ def _whole(region: Region) -> Run:
     return 0, -(-len(region[1]) // BLOCK_SIZE)
 
 
-def _writes_of_nonzero(regions: Iterable[Region]) -> dict[int, Outgoing]:
-    """By offset the writes of what is not zero in each region; a region of zeros has none."""
+def _writes_of_nonzero(regions: Iterable[Region], extents: Sequence[Run]) -> dict[int, Outgoing]:
+    """By offset the writes of what is not zero in each of consecutive regions; a region of zeros has none. Only
+    `extents`, counted from the first region, hold data."""
     found = {}
+    position = 0
     for offset, data in regions:
-        if not is_zero(data):
-            found[offset] = _encode_write(offset, data, list(nonzero_extents(data)))
+        writes = [
+            (start + inner, length)
+            for start, end in _clipped(extents, position, position + len(data))
+            for inner, length in nonzero_extents(data[start:end])
+        ]
+        if writes:
+            found[offset] = _encode_write(offset, data, writes)
+        position += len(data)
     return found
+
+
+def _clipped(extents: Iterable[Run], begin: int, end: int) -> Iterable[Run]:
+    """(start, end) within [begin, end), counted from `begin`, of the extents that reach into it."""
+    for start, length in extents:
+        low, high = max(start, begin), min(start + length, end)
+        if low < high:
+            yield low - begin, high - begin
 
 
 def _encode_all(changes: Iterable[tuple[Region, Sequence[Run], bytes, bool]]) -> list[Outgoing]:

@@ -5,6 +5,8 @@ Invariant 3: one fsynced record is the commit. Whatever a function here returns 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import zlib
 from pathlib import Path
@@ -46,19 +48,27 @@ def write_atomic(path: Path, data: bytes) -> None:
     rename_durably(temporary, path)
 
 
-def make_directories(path: Path) -> None:
-    """Make a directory (mode 0700) and those missing above it, durably."""
-    missing = [one for one in (path, *path.parents) if not one.exists()]
-    for one in reversed(missing):
-        one.mkdir(mode=0o700, exist_ok=True)
-        disk.fsync_directory(one.parent)
-
-
 def rename_durably(source: Path, target: Path) -> None:
     """Rename within one directory, durably."""
     disk.rename(source, target)
     disk.crash_point("rename-before-fsync")
     disk.fsync_directory(target.parent)
+
+
+def make_directories(path: Path) -> None:
+    """Make a directory (mode 0700) and those missing above it, durably. Where a process died while it made them, the
+    lowest directory that exists is what it has not flushed: that one is flushed too."""
+    if not path.is_dir():
+        make_directories(path.parent)
+        try:
+            disk.make_directory(path)
+        except FileExistsError as error:
+            # Another process was quicker, or it is something else.
+            if not path.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
+    # Where we may not look we have made nothing.
+    with contextlib.suppress(PermissionError):
+        disk.fsync_directory(path.parent)
 
 
 def remove_durably(path: Path) -> None:
@@ -104,10 +114,13 @@ class Log:
                         next="restore the file from a backup of the pool, or delete the replica and sync it anew",
                     )
                 disk.truncate(self._fd, good)
-                disk.fsync(self._fd)
                 break
             self.records.append(record)
             good = end + 1
+        if self.records:
+            # A process that died before its flush may have left some in memory only. None is believed, and told to
+            # anybody, before it is durable.
+            disk.fsync(self._fd)
 
     def append(self, record: dict[str, object]) -> None:
         """Add a record durably. After a failure the log must be opened again before anything is believed."""

@@ -16,6 +16,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from blockferry.common import disk
+
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
 _FALLOC_FL_ZERO_RANGE = 0x10
@@ -148,7 +150,7 @@ class ZeroingLadder:
             self.method = Zeroing.WRITE
         end = offset + length
         while offset < end:
-            offset += os.pwrite(fd, memoryview(_ZERO_CHUNK)[: end - offset], offset)
+            offset += disk.pwrite(fd, memoryview(_ZERO_CHUNK)[: end - offset], offset)
 
     @staticmethod
     def _try(fd: int, mode: int, offset: int, length: int) -> bool:

@@ -100,13 +100,19 @@ def _utf8(text: str) -> str:
 
 def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> BlockferryError:
     """The error the server meant; or, where it never answered, what happened to the connection."""
+    answered = False
     for key, value in error.trailing_metadata() or ():
         if key == _DETAILS_KEY:
+            answered = True
             found = _unpack(value if isinstance(value, bytes) else value.encode())
             if found is not None:
                 return found
     details = error.details() or error.code().name
-    match error.code():
+    code = error.code()
+    if code is grpc.StatusCode.INTERNAL and not answered:
+        # What gRPC makes of a peer that died in the middle of a message; a server of ours sends details with INTERNAL.
+        code = grpc.StatusCode.UNAVAILABLE
+    match code:
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED | grpc.StatusCode.UNKNOWN:
             lost = "failed to connect" not in details.lower()
             return BlockferryError(

@@ -223,18 +223,20 @@ class Change(_message.Message):
     def __init__(self, write: _Optional[_Union[WriteRegionRequest, _Mapping]] = ..., unmap: _Optional[_Union[UnmapRegionRequest, _Mapping]] = ...) -> None: ...
 
 class ApplyChangesRequest(_message.Message):
-    __slots__ = ("sequence", "session", "changes", "flush", "settled")
+    __slots__ = ("sequence", "session", "changes", "flush", "settled", "last")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     CHANGES_FIELD_NUMBER: _ClassVar[int]
     FLUSH_FIELD_NUMBER: _ClassVar[int]
     SETTLED_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     session: SessionRef
     changes: _containers.RepeatedCompositeFieldContainer[Change]
     flush: bool
     settled: _containers.RepeatedCompositeFieldContainer[Run]
-    def __init__(self, sequence: _Optional[int] = ..., session: _Optional[_Union[SessionRef, _Mapping]] = ..., changes: _Optional[_Iterable[_Union[Change, _Mapping]]] = ..., flush: bool = ..., settled: _Optional[_Iterable[_Union[Run, _Mapping]]] = ...) -> None: ...
+    last: bool
+    def __init__(self, sequence: _Optional[int] = ..., session: _Optional[_Union[SessionRef, _Mapping]] = ..., changes: _Optional[_Iterable[_Union[Change, _Mapping]]] = ..., flush: bool = ..., settled: _Optional[_Iterable[_Union[Run, _Mapping]]] = ..., last: bool = ...) -> None: ...
 
 class ApplyChangesResponse(_message.Message):
     __slots__ = ("received", "durable", "totals", "mismatched_offsets")

@@ -198,6 +198,7 @@ async def _unmap(volume: Volume, extents: list[tuple[int, int]], result: Result)
         extents = [found for offset, length in extents for found in await _not_zero(volume, offset, length, result)]
     if extents:
         result.unmapped += await volume.unmap(extents)
+        crash_point("apply-unmapped")
 
 
 async def _not_zero(volume: Volume, offset: int, length: int, result: Result) -> list[tuple[int, int]]:

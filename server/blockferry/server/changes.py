@@ -45,6 +45,8 @@ class ChangeReceiver:
         self._durable = 0
         self._unflushed = 0
         self._expected = 1
+        self.ended_well = False
+        """The sender said that nothing follows. A lost connection may look just like the end of its requests."""
 
     async def responses(
         self, first: bytes, requests: AsyncIterator[bytes]
@@ -66,6 +68,8 @@ class ChangeReceiver:
                 response, self._pending = self._pending, None
                 if response is not None:
                     yield response
+                    # It may have been the last one.
+                    self._wake.set()
                 elif work.done():
                     return
         finally:
@@ -113,6 +117,7 @@ class ChangeReceiver:
                 volume=self._replica.name,
             )
         self._expected += 1
+        self.ended_well = request.last
         response = self._response()
         if not changes:
             await self._replica.renew(self._ref)
@@ -125,9 +130,12 @@ class ChangeReceiver:
                     response.mismatched_offsets.append(change.request.offset)
         if request.settled:
             await self._replica.settle(self._ref, list(runs_from_wire(request.settled)))
+        if request.flush:
+            await self._replica.flush(self._ref)
+            self._durable = self._response().durable = request.sequence
         self._applied = self._response().received = request.sequence
         self._unflushed += len(message)
-        if request.flush or self._unflushed >= CHECKPOINT_BYTES:
+        if self._unflushed >= CHECKPOINT_BYTES:
             self._flush_due.set()
         self._wake.set()
 
@@ -158,7 +166,8 @@ class ChangeReceiver:
             self._flush_due.clear()
             applied, self._unflushed = self._applied, 0
             await self._replica.flush(self._ref)
-            self._durable = self._response().durable = applied
+            # A flush that a message asked for may have overtaken this one.
+            self._durable = self._response().durable = max(self._durable, applied)
             self._wake.set()
 
     def _response(self) -> pb.ApplyChangesResponse:

@@ -20,6 +20,8 @@ from grpc_reflection.v1alpha import reflection
 
 DEFAULT_LISTEN = "grpc://127.0.0.1:9870"
 LEASE_SECONDS = 60.0
+"""Default: longer than any pause of a source that is alive, shorter than anybody likes to wait for a dead one."""
+
 BYTES_IN_FLIGHT = 64 * 1024 * 1024
 SHUTDOWN_SECONDS = 10.0
 """Calls in progress may finish within this time; then they are cut off."""
@@ -43,6 +45,13 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         metavar="RULES",
         help="recovery points that no source can give up, such as last=3,daily=7 (default last=3)",
     )
+    parser.add_argument(
+        "--lease",
+        type=_lease,
+        default=LEASE_SECONDS,
+        metavar="SECONDS",
+        help="how long a silent source keeps a replica to itself, 0.1 to 86400 (default 60)",
+    )
     parser.add_argument("--insecure", action="store_true", help="allow plaintext on addresses other machines can reach")
     return parser.parse_args(argv)
 
@@ -54,6 +63,17 @@ def _retention(text: str) -> retention.Retention:
         raise argparse.ArgumentTypeError(error.line()) from error
 
 
+def _lease(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    # Written so that nan is refused too.
+    if not 0.1 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a lease; write seconds from 0.1 to 86400")
+    return seconds
+
+
 async def serve(arguments: argparse.Namespace) -> None:
     """Run until SIGTERM or SIGINT."""
     stop = asyncio.Event()
@@ -61,7 +81,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
-    pool = await Pool.open("main", arguments.pool.absolute(), LEASE_SECONDS, arguments.keep_at_least)
+    pool = await Pool.open("main", arguments.pool.absolute(), arguments.lease, arguments.keep_at_least)
     try:
         server = rpc.make_server()
         services = {

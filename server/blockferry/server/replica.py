@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import structlog
 from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import AllocationMap, Geometry, Run, runs_of
@@ -25,6 +26,8 @@ from blockferry.v1 import replication_pb2 as pb
 from pyroaring import BitMap
 
 T = TypeVar("T")
+
+log = structlog.get_logger("blockferry.replica")
 
 
 @dataclass
@@ -42,7 +45,7 @@ class Session:
     digests: DigestCache
     allocated: BitMap | None = None
     """Regions that may hold data, once a map was asked for; all others are proven zero."""
-    last_seen: float = field(default_factory=time.monotonic)
+    last_seen: float = field(default_factory=lambda: time.monotonic())
     """Monotonic seconds of the last call."""
     failed: BlockferryError | None = None
     """A flush failed: nothing about the work image can be believed any more (invariant 3)."""
@@ -51,7 +54,8 @@ class Session:
     """For every digest being computed, the regions that changed meanwhile."""
 
     def change(self, first: int, count: int) -> None:
-        """These regions are about to change."""
+        """These regions change: to be said before the change, and again after it. Whoever reads a region meanwhile
+        began after the first word or will hear the second."""
         self.digests.forget(first, count)
         for changed in self.racing:
             changed.add_range(first, first + count)
@@ -71,6 +75,8 @@ class Replica:
         self._gate = Gate()
         self._pins: dict[int, float] = {}
         self._readers: dict[int, int] = {}
+        self._overwriting = False
+        self._unfinished: set[asyncio.Task[object]] = set()
         self.state = self._state_at_rest()
 
     def _state_at_rest(self) -> State:
@@ -78,39 +84,75 @@ class Replica:
             committed=self.store.newest is not None, started=self.store.session.epoch > 0, promoted=False
         )
 
+    async def _to_the_end(self, work: Coroutine[object, object, T]) -> T:
+        """Finish `work` even if the caller gives up: a client that goes away must not leave the replica between two
+        states, and the outcome of a flush must not get lost (the kernel tells it once)."""
+        task = asyncio.create_task(work)
+        self._unfinished.add(task)
+        task.add_done_callback(self._unfinished.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(task)
+
     # --- opening --------------------------------------------------------------------------------------------------
 
     async def open_session(self, request: pb.OpenSessionRequest) -> Session:
         """Take the replica for one writer, or raise IN_USE, SIZE_MISMATCH, REGION_SIZE_MISMATCH, UNSUPPORTED or
         WRONG_STATE before anything changes."""
+        opened: list[Session] = []
+        try:
+            return await self._to_the_end(self._open_session(request, opened))
+        except asyncio.CancelledError:
+            # Nobody is left to hear of the session: the next one need not wait for it.
+            self._unfinished.add(task := asyncio.create_task(self._forsake(opened)))
+            task.add_done_callback(self._unfinished.discard)
+            raise
+
+    async def _forsake(self, opened: list[Session]) -> None:
+        async with self._gate.closed():
+            for session in opened:
+                session.last_seen = -self.lease_seconds
+
+    async def _open_session(self, request: pb.OpenSessionRequest, opened: list[Session]) -> Session:
         async with self._gate.closed():
             self._refuse_if_held(request)
             self._refuse_other_geometry(request)
             self._refuse_overwriting(request)
             state = transition(self.name, self.state, Event.OPEN)
-            await self._end_session()
-            record = SessionRecord(self.store.session.epoch + 1, uuid.uuid4().hex, request.size, request.client[:256])
+            # From here on nobody begins to read what is about to be overwritten.
+            self._overwriting = not self.store.clones
             try:
-                await in_thread(self.store.write_session, record)
-                crash_point("open-epoch-durable")
-                settled, digests = await in_thread(self.store.begin_work, request.size, request.snapshot_id)
-            except OSError as error:
+                await self._end_session()
+                self.session = await self._begin(request)
+            except (OSError, BlockferryError) as error:
+                # What the disk holds by now decides.
+                await in_thread(self._reopen)
                 self.state = self._state_at_rest()
-                raise from_os_error(error, f"cannot open a session of {self.name}", volume=self.name) from error
+                ours = _as_ours(error, f"cannot open a session of {self.name}")
+                ours.volume = self.name
+                raise ours from error
+            finally:
+                self._overwriting = False
             if self.store.overwritten and state is State.UPDATING:
                 state = transition(self.name, state, Event.OVERWRITE)
-            self.session = Session(
-                session_id=record.session_id,
-                epoch=record.epoch,
-                client=record.client,
-                geometry=Geometry(request.size, self.store.identity.region_size),
-                volume=await ImageVolume.open(self.store.work, writable=True),
-                snapshot_id=request.snapshot_id,
-                settled=settled,
-                digests=digests,
-            )
             self.state = state
+            opened.append(self.session)
             return self.session
+
+    async def _begin(self, request: pb.OpenSessionRequest) -> Session:
+        record = SessionRecord(self.store.session.epoch + 1, uuid.uuid4().hex, request.size, request.client[:256])
+        await in_thread(self.store.write_session, record)
+        crash_point("open-epoch-durable")
+        settled, digests = await in_thread(self.store.begin_work, request.size, request.snapshot_id)
+        return Session(
+            session_id=record.session_id,
+            epoch=record.epoch,
+            client=record.client,
+            geometry=Geometry(request.size, self.store.identity.region_size),
+            volume=await ImageVolume.open(self.store.work, writable=True),
+            snapshot_id=request.snapshot_id,
+            settled=settled,
+            digests=digests,
+        )
 
     def _refuse_if_held(self, request: pb.OpenSessionRequest) -> None:
         held = self.session
@@ -154,8 +196,18 @@ class Replica:
         )
 
     def _refuse_overwriting(self, request: pb.OpenSessionRequest) -> None:
-        if self.store.clones or self.store.newest is None or request.in_place:
+        if self.store.clones or self.store.newest is None:
             return
+        if request.in_place:
+            if not self._readers:
+                return
+            raise BlockferryError(
+                Code.IN_USE,
+                f"{self.name} cannot be overwritten now",
+                cause="its only committed generation is being read",
+                next="wait until the verify, plan or sync that reads it is over",
+                volume=self.name,
+            )
         raise BlockferryError(
             Code.UNSUPPORTED,
             f"{self.name} cannot be updated safely",
@@ -204,10 +256,22 @@ class Replica:
 
     async def session_allocation(self, ref: pb.SessionRef, region_size: int) -> AllocationMap:
         """The map of the work image."""
+        return await self._to_the_end(self._session_allocation(ref, region_size))
+
+    async def _session_allocation(self, ref: pb.SessionRef, region_size: int) -> AllocationMap:
         async with self._using(ref) as session:
-            found = await session.volume.allocation(region_size or session.geometry.region_size)
+            changed = BitMap()
+            session.racing.append(changed)
+            try:
+                found = await session.volume.allocation(region_size or session.geometry.region_size)
+            except BlockferryError as error:
+                # Looking at the map flushes the image.
+                session.failed = error
+                raise
+            finally:
+                session.racing.remove(changed)
             if found.geometry == session.geometry:
-                session.allocated = found.regions.copy()
+                session.allocated = found.regions | changed
             return found
 
     async def session_digests(self, ref: pb.SessionRef, piece_size: int, run: Run, *, fresh: bool) -> tuple[bytes, int]:
@@ -241,7 +305,8 @@ class Replica:
         try:
             found = await session.volume.digests(region_size, runs, key, region_size)
         finally:
-            session.racing.remove(changed)
+            # By identity: list.remove would take away an equal set that belongs to another reader.
+            session.racing = [one for one in session.racing if one is not changed]
         size = len(found) // len(regions)
         for index, region in enumerate(regions):
             if region not in changed:
@@ -262,7 +327,11 @@ class Replica:
                 session.change(region, 1)
                 if session.allocated is not None:
                     session.allocated.add(region)
-            await self._survive(session, apply.write_regions(session.volume, self.store.identity.key, changes))
+            try:
+                await self._survive(session, apply.write_regions(session.volume, self.store.identity.key, changes))
+            finally:
+                for change in changes:
+                    session.change(change.request.offset // session.geometry.region_size, 1)
             for change in changes:
                 region = change.request.offset // session.geometry.region_size
                 if change.result.digest is not None:
@@ -280,7 +349,10 @@ class Replica:
             first = request.offset // session.geometry.region_size
             count = -(-request.length // session.geometry.region_size)
             session.change(first, count)
-            result = await self._survive(session, apply.unmap_region(session.volume, request))
+            try:
+                result = await self._survive(session, apply.unmap_region(session.volume, request))
+            finally:
+                session.change(first, count)
             if session.snapshot_id:
                 session.settled.add_range(first, first + count)
             return result
@@ -304,6 +376,9 @@ class Replica:
 
     async def flush(self, ref: pb.SessionRef) -> None:
         """Make all that is applied durable, and note how far an immutable snapshot has come (invariant 5)."""
+        await self._to_the_end(self._flush(ref))
+
+    async def _flush(self, ref: pb.SessionRef) -> None:
         async with self._using(ref) as session:
             settled = session.settled.copy()
             try:
@@ -326,6 +401,9 @@ class Replica:
 
     async def abort(self, ref: pb.SessionRef, *, discard: bool) -> None:
         """End a session without a commit; a session that is not open any more is left alone."""
+        await self._to_the_end(self._abort(ref, discard))
+
+    async def _abort(self, ref: pb.SessionRef, discard: bool) -> None:
         async with self._gate.closed():
             held = self.session
             if held is None or (held.session_id, held.epoch) != (ref.session_id, ref.epoch):
@@ -337,6 +415,9 @@ class Replica:
 
     async def commit(self, ref: pb.SessionRef, commit_id: bytes, keep: Retention | None) -> Point:
         """Make the session's content the newest generation (invariant 3). Idempotent by commit id."""
+        return await self._to_the_end(self._commit(ref, commit_id, keep))
+
+    async def _commit(self, ref: pb.SessionRef, commit_id: bytes, keep: Retention | None) -> Point:
         async with self._gate.closed():
             done = self.store.committed(commit_id)
             if done is not None:
@@ -348,17 +429,20 @@ class Replica:
                 crash_point("commit-flushed")
                 if keep is not None:
                     await in_thread(self.store.set_keep, keep)
+                    crash_point("commit-rules-kept")
                 point = await in_thread(self.store.commit, commit_id, session.geometry.size, session.digests)
             except (OSError, BlockferryError) as error:
                 # Nothing about the session can be believed; read back what the disk says.
                 session.failed = _as_ours(error, f"cannot commit {self.name}")
                 await self._end_session()
                 await in_thread(self._reopen)
+                await in_thread(self.store.discard_work)
                 self.state = self._state_at_rest()
                 raise session.failed from error
             await self._end_session()
             self.state = state
             await self._retire()
+            crash_point("commit-unanswered")
             return point
 
     async def _end_session(self) -> None:
@@ -376,6 +460,7 @@ class Replica:
         """End whatever is open; work done so far stays for the next session."""
         async with self._gate.closed():
             await self._end_session()
+            crash_point("shutdown-sessions-ended")
             await in_thread(self.store.close)
 
     # --- recovery points ------------------------------------------------------------------------------------------
@@ -388,23 +473,35 @@ class Replica:
         return dict(reasons_to_keep(points, (self.store.keep, self._floor), {*self._pins, *self._readers}))
 
     async def _retire(self) -> None:
-        kept = self.kept()
         for point in list(self.store.points):
-            if not kept[point.number]:
+            # Asked anew each time: somebody may have begun to read it while the last one was dropped.
+            if self.kept()[point.number]:
+                continue
+            try:
                 await in_thread(self.store.drop, point)
+            except OSError as error:
+                # The commit stands. The next one tries again, with what the disk says is there.
+                log.error("cannot drop a recovery point", volume=self.name, number=point.number, error=str(error))
+                await in_thread(self._reopen)
+                return
 
     def resolve(self, number: int) -> Point:
         """The generation with this number (0: the newest), or NOT_FOUND."""
         point = self.store.point(number)
-        if point is None:
+        if point is None or self._overwriting:
             raise BlockferryError(
                 Code.NOT_FOUND,
                 f"{self.name} has no {f'generation {number}' if number else 'committed generation'}",
-                cause="retention may have dropped it" if self.store.points else "its first sync has not finished",
+                cause=self._why_missing(),
                 next="list what there is with blockferry replica points" if number else "sync to it first",
                 volume=self.name,
             )
         return point
+
+    def _why_missing(self) -> str:
+        if self._overwriting or self.store.overwritten:
+            return "it is being overwritten in place"
+        return "retention may have dropped it" if self.store.points else "its first sync has not finished"
 
     @contextlib.asynccontextmanager
     async def reading(self, number: int) -> AsyncIterator[Volume]:

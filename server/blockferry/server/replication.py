@@ -134,10 +134,10 @@ class ReplicationService:
             async with contextlib.aclosing(receiver.responses(first, requests)) as responses:
                 async for response in responses:
                     yield response
-        except BaseException:
-            # The client is gone or must start over: it will not use its lease. After a clean end it goes on to commit.
-            replica.release(ref)
-            raise
+        finally:
+            if not receiver.ended_well:
+                # The client is gone or must start over: it will not use its lease.
+                replica.release(ref)
 
     async def CommitSessions(self, request: pb.CommitSessionsRequest, _: Context) -> pb.CommitSessionsResponse:
         if len(request.commits) != 1:

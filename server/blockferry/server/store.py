@@ -106,6 +106,9 @@ class Store:
         self.directory = directory
         self.clones = clones
         self.identity = self._read_identity()
+        if not (directory / _LOG).exists():
+            # A new one would forget every generation, and their images would be taken for work.
+            raise _corrupt(directory / _LOG, "it is missing")
         self._log = Log(directory / _LOG)
         self.points: list[Point] = []
         """Committed generations, oldest first."""
@@ -120,6 +123,9 @@ class Store:
             for record in self._log.records:
                 self._replay(record)
             self.session = self._read_session()
+            if self.session.epoch == 0:
+                # Its name may be in memory only, whoever gave it: durable before anybody has a session.
+                disk.fsync_directory(directory.parent)
             self._stamps = self._take_clean_stamps()
             self._recover()
         except BaseException:
@@ -130,12 +136,13 @@ class Store:
     def create(cls, directory: Path, region_size: int, *, clones: bool) -> Store:
         """Make a new, empty replica. It appears under its name whole or not at all."""
         new = directory.with_name(f"{NEW_PREFIX}{uuid.uuid4().hex}")
-        new.mkdir(mode=0o700)
+        disk.make_directory(new)
+        Log(new / _LOG).close()
         identity = Identity(FORMAT, uuid.uuid4().hex, region_size, secrets.token_hex(KEY_SIZE), _now_us())
         write_atomic(new / _IDENTITY, msgspec.json.encode(identity))
-        Log(new / _LOG).close()
         disk.crash_point("create-before-rename")
-        rename_durably(new, directory)
+        disk.rename(new, directory)
+        disk.crash_point("create-renamed")
         return cls(directory, clones=clones)
 
     def close(self) -> None:
@@ -147,6 +154,7 @@ class Store:
         }
         with contextlib.suppress(OSError):
             write_unsynced(self.directory / _CLEAN, msgspec.json.encode(stamps))
+        disk.crash_point("shutdown-stamped")
         self.abandon()
 
     def abandon(self) -> None:
@@ -191,6 +199,7 @@ class Store:
         except (OSError, ValueError, msgspec.MsgspecError):
             stamps = {}
         disk.unlink(path)
+        disk.crash_point("start-stamps-taken")
         return stamps
 
     def _replay(self, record: dict[str, object]) -> None:
@@ -226,6 +235,7 @@ class Store:
                 disk.unlink(path)
             else:
                 disk.rename(path, self.work)
+            disk.crash_point("start-image-settled")
         for path in self.directory.glob("*" + _DIGESTS):
             if path.with_suffix(_IMAGE).name not in known:
                 disk.unlink(path)
@@ -323,6 +333,7 @@ class Store:
         if progress is None:
             # Durably, and before the first write: what it says is no longer so.
             remove_durably(self.directory / _PROGRESS)
+            disk.crash_point("open-progress-removed")
         if self.work.exists():
             digests = None
         else:
@@ -362,6 +373,9 @@ class Store:
             self._append({"kind": "overwrite", "number": newest.number})
             disk.crash_point("open-overwrite-recorded")
             disk.rename(self.image(newest), self.work)
+            disk.crash_point("open-overwrite-renamed")
+            disk.unlink(self.image(newest).with_suffix(_DIGESTS))
+            self._stamps.pop(newest.commit_id, None)
 
     def _read_progress(self, snapshot_id: str, size: int) -> BitMap | None:
         if not snapshot_id or not self.work.exists():
@@ -381,6 +395,7 @@ class Store:
         """Drop the work image, unless it is all there is left of an overwritten generation."""
         if not self.overwritten:
             disk.unlink(self.work)
+            disk.crash_point("discard-removed")
 
     def set_keep(self, keep: Retention) -> None:
         """Remember how the source wants its points kept."""
@@ -392,6 +407,7 @@ class Store:
         point = Point(self.last_number + 1, commit_id, size, _now_us())
         image = self.image(point)
         cache.save(image.with_suffix(_DIGESTS), digests, commit_id, self.identity.region_size)
+        disk.crash_point("commit-digests-written")
         rename_durably(self.work, image)
         disk.crash_point("commit-renamed")
         self._append(
@@ -416,6 +432,7 @@ class Store:
         self._append({"kind": "drop", "number": point.number})
         disk.crash_point("drop-recorded")
         disk.unlink(self.image(point))
+        disk.crash_point("drop-image-removed")
         disk.unlink(self.image(point).with_suffix(_DIGESTS))
         self._stamps.pop(point.commit_id, None)
 

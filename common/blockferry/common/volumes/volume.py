@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -25,9 +26,22 @@ _executor = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="blockferry-io")
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Run a blocking call on the process's I/O threads."""
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(_executor, lambda: function(*args, **kwargs))
+    """Run a blocking call on the process's I/O threads.
+
+    A thread cannot be interrupted. Whoever is cancelled here goes on only when the call is over: else a write would
+    still be under way after its gate was left, on a descriptor that is closed or with a buffer that is reused.
+    """
+    work = _executor.submit(function, *args, **kwargs)
+    try:
+        return await asyncio.wrap_future(work)
+    except asyncio.CancelledError:
+        while not work.done():
+            waiting = asyncio.wrap_future(work)
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([waiting])
+            if waiting.done() and not waiting.cancelled():
+                waiting.exception()
+        raise
 
 
 class Volume(abc.ABC):
@@ -50,6 +64,15 @@ class Volume(abc.ABC):
     @abc.abstractmethod
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`. A short read is an error, never silently zeros."""
+
+    async def read_data_into(self, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
+        """Fill `buffer` from `offset` where the device has data; return (start, length) in the buffer of what was
+        filled, ascending, made of whole blocks. All else is proven to read as zeros and left as it was in `buffer`.
+
+        Volumes that cannot tell fill everything. The offset must be a multiple of the block size.
+        """
+        await self.read_into(offset, buffer)
+        return [(0, len(buffer))]
 
     @abc.abstractmethod
     async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
