@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -51,7 +51,7 @@ class Session:
     """A flush failed: nothing about the work image can be believed any more (invariant 3)."""
     applying: asyncio.Lock = field(default_factory=asyncio.Lock)
     racing: list[BitMap] = field(default_factory=list)
-    """For every digest being computed, the regions that changed meanwhile."""
+    """For everybody who reads the work image, the regions that changed meanwhile."""
 
     def change(self, first: int, count: int) -> None:
         """These regions change: to be said before the change, and again after it. Whoever reads a region meanwhile
@@ -59,6 +59,17 @@ class Session:
         self.digests.forget(first, count)
         for changed in self.racing:
             changed.add_range(first, first + count)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[BitMap]:
+        """The regions that change in here."""
+        changed = BitMap()
+        self.racing.append(changed)
+        try:
+            yield changed
+        finally:
+            # By identity: list.remove would take away an equal set that belongs to another reader.
+            self.racing = [one for one in self.racing if one is not changed]
 
 
 class Replica:
@@ -260,16 +271,13 @@ class Replica:
 
     async def _session_allocation(self, ref: pb.SessionRef, region_size: int) -> AllocationMap:
         async with self._using(ref) as session:
-            changed = BitMap()
-            session.racing.append(changed)
             try:
-                found = await session.volume.allocation(region_size or session.geometry.region_size)
+                with session.watching() as changed:
+                    found = await session.volume.allocation(region_size or session.geometry.region_size)
             except BlockferryError as error:
                 # Looking at the map flushes the image.
                 session.failed = error
                 raise
-            finally:
-                session.racing.remove(changed)
             if found.geometry == session.geometry:
                 session.allocated = found.regions | changed
             return found
@@ -300,13 +308,8 @@ class Replica:
         """Read regions and remember their digests, except of those that change meanwhile."""
         key, region_size = self.store.identity.key, session.geometry.region_size
         runs = list(runs_of(regions, session.geometry.count))
-        changed = BitMap()
-        session.racing.append(changed)
-        try:
+        with session.watching() as changed:
             found = await session.volume.digests(region_size, runs, key, region_size)
-        finally:
-            # By identity: list.remove would take away an equal set that belongs to another reader.
-            session.racing = [one for one in session.racing if one is not changed]
         size = len(found) // len(regions)
         for index, region in enumerate(regions):
             if region not in changed:
