@@ -29,6 +29,9 @@ MAX_MESSAGE = MAX_REGION_SIZE + 1024 * 1024
 """Bytes: one whole region of the largest size and its envelope."""
 
 _DOMAIN = "blockferry"
+_WRITE_FAILED = "Internal error from Core"
+"""What grpc.aio calls a write on a stream that has just ended, where it does not know why."""
+
 _DETAILS_KEY = "grpc-status-details-bin"
 
 KEEPALIVE_SECONDS = 10
@@ -82,8 +85,10 @@ def message_class(descriptor: Any) -> type[Message]:
 # --- errors -----------------------------------------------------------------------------------------------------
 
 
-def to_status(error: BlockferryError) -> status_pb2.Status:
+def to_status(error: BlockferryError | OSError) -> status_pb2.Status:
     """Pack an error into google.rpc.Status with one ErrorInfo."""
+    if isinstance(error, OSError):
+        error = from_os_error(error, "the call failed")
     info = error_details_pb2.ErrorInfo(reason=error.code.name, domain=_DOMAIN)
     for name, value in error.fields().items():
         if value is not None and name != "code":
@@ -97,11 +102,14 @@ def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> BlockferryError
     """The error the server meant; or, where it never answered, what happened to the connection."""
     for key, value in error.trailing_metadata() or ():
         if key == _DETAILS_KEY:
-            found = _unpack(value if isinstance(value, bytes) else value.encode())
+            found = from_status(value if isinstance(value, bytes) else value.encode())
             if found is not None:
                 return found
     details = error.details() or error.code().name
-    match error.code():
+    code = error.code()
+    if details == _WRITE_FAILED:
+        code = grpc.StatusCode.UNAVAILABLE
+    match code:
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED | grpc.StatusCode.UNKNOWN:
             lost = "failed to connect" not in details.lower()
             return BlockferryError(
@@ -118,7 +126,8 @@ def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> BlockferryError
             return BlockferryError(Code.INTERNAL, f"{address} failed", cause=details, next="look at the server's log")
 
 
-def _unpack(data: bytes) -> BlockferryError | None:
+def from_status(data: bytes) -> BlockferryError | None:
+    """Unpack what `to_status` packed, or None where it is something else."""
     status = status_pb2.Status.FromString(data)
     for detail in status.details:
         info = error_details_pb2.ErrorInfo()

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -59,6 +59,17 @@ class Session:
         self.digests.forget(first, count)
         for changed in self.racing:
             changed.add_range(first, first + count)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[BitMap]:
+        """The regions that change while the body runs."""
+        changed = BitMap()
+        self.racing.append(changed)
+        try:
+            yield changed
+        finally:
+            # By identity: two sets that are equal are not the same one.
+            self.racing = [one for one in self.racing if one is not changed]
 
 
 class Replica:
@@ -260,16 +271,13 @@ class Replica:
 
     async def _session_allocation(self, ref: pb.SessionRef, region_size: int) -> AllocationMap:
         async with self._using(ref) as session:
-            changed = BitMap()
-            session.racing.append(changed)
-            try:
-                found = await session.volume.allocation(region_size or session.geometry.region_size)
-            except BlockferryError as error:
-                # Looking at the map flushes the image.
-                session.failed = error
-                raise
-            finally:
-                session.racing.remove(changed)
+            with session.watching() as changed:
+                try:
+                    found = await session.volume.allocation(region_size or session.geometry.region_size)
+                except BlockferryError as error:
+                    # Looking at the map flushes the image.
+                    session.failed = error
+                    raise
             if found.geometry == session.geometry:
                 session.allocated = found.regions | changed
             return found
@@ -300,12 +308,8 @@ class Replica:
         """Read regions and remember their digests, except of those that change meanwhile."""
         key, region_size = self.store.identity.key, session.geometry.region_size
         runs = list(runs_of(regions, session.geometry.count))
-        changed = BitMap()
-        session.racing.append(changed)
-        try:
+        with session.watching() as changed:
             found = await session.volume.digests(region_size, runs, key, region_size)
-        finally:
-            session.racing.remove(changed)
         size = len(found) // len(regions)
         for index, region in enumerate(regions):
             if region not in changed:
@@ -444,8 +448,14 @@ class Replica:
                 await in_thread(self.store.discard_work)
 
     def _reopen(self) -> None:
+        try:
+            store = Store(self.store.directory, clones=self.store.clones)
+        except (OSError, BlockferryError) as error:
+            # What was believed so far is all there is to go by; whatever needs the disk will fail again.
+            log.error("cannot read a replica back", volume=self.name, error=str(error))
+            return
         self.store.abandon()
-        self.store = Store(self.store.directory, clones=self.store.clones)
+        self.store = store
 
     async def close(self) -> None:
         """End whatever is open; work done so far stays for the next session."""

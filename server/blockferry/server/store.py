@@ -112,11 +112,15 @@ class Store:
         """The newest committed generation was given up to an update in place that has not been committed."""
         self.keep = DEFAULT
         """How the replica's source wants its recovery points kept."""
-        for record in self._log.records:
-            self._replay(record)
-        self.session = self._read_session()
-        self._stamps = self._take_clean_stamps()
-        self._recover()
+        try:
+            for record in self._log.records:
+                self._replay(record)
+            self.session = self._read_session()
+            self._stamps = self._take_clean_stamps()
+            self._recover()
+        except BaseException:
+            self._log.close()
+            raise
 
     @classmethod
     def create(cls, directory: Path, region_size: int, *, clones: bool) -> Store:
@@ -151,7 +155,7 @@ class Store:
         path = self.directory / _IDENTITY
         try:
             identity = msgspec.json.decode(path.read_bytes(), type=Identity)
-        except (OSError, msgspec.MsgspecError) as error:
+        except (FileNotFoundError, msgspec.MsgspecError) as error:
             raise _corrupt(path, str(error)) from error
         if identity.format > FORMAT:
             raise BlockferryError(
@@ -168,7 +172,7 @@ class Store:
             return msgspec.json.decode(path.read_bytes(), type=SessionRecord)
         except FileNotFoundError:
             return SessionRecord()
-        except (OSError, msgspec.MsgspecError) as error:
+        except msgspec.MsgspecError as error:
             # Going on with a lower epoch could let a fenced writer back in.
             raise _corrupt(path, str(error)) from error
 
@@ -336,11 +340,13 @@ class Store:
         elif self.clones:
             temporary = self.work.with_suffix(".tmp")
             source_fd = os.open(self.image(newest), os.O_RDONLY | os.O_CLOEXEC)
-            target_fd = disk.create(temporary, os.O_WRONLY | os.O_TRUNC)
             try:
-                linux.reflink(source_fd, target_fd)
+                target_fd = disk.create(temporary, os.O_WRONLY | os.O_TRUNC)
+                try:
+                    linux.reflink(source_fd, target_fd)
+                finally:
+                    os.close(target_fd)
             finally:
-                os.close(target_fd)
                 os.close(source_fd)
             disk.crash_point("open-cloned")
             disk.rename(temporary, self.work)
@@ -368,6 +374,14 @@ class Store:
         """Drop the work image, unless it is all there is left of an overwritten generation."""
         if not self.overwritten:
             disk.unlink(self.work)
+            return
+        # A write that failed may be gone from the disk and still be in memory, where the next session would compare it.
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(self.work, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
 
     def set_keep(self, keep: Retention) -> None:
         """Remember how the source wants its points kept."""
