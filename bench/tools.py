@@ -149,17 +149,19 @@ class _FileTool(Tool):
 class Nbdcopy(_FileTool):
     """nbdcopy to nbdkit's file plugin over TCP."""
 
-    name = "nbdcopy"
+    def __init__(self, directory: Path, *, told_empty: bool = False) -> None:
+        super().__init__(directory)
+        self.name = "nbdcopy, told of an empty target" if told_empty else "nbdcopy"
+        self._told_empty = told_empty
 
     def prepare(self, source: Path, old: Path | None) -> None:
         self._reset(source, old)
         self._port = free_port()
-        self._empty = old is None
         self._start(["nbdkit", "-f", "-i", "127.0.0.1", "-p", str(self._port), "file", str(self.image)])
         wait_for_port(self._port)
 
     def command(self, source: Path) -> list[str]:
-        extra = ["--destination-is-zero"] if self._empty else []
+        extra = ["--destination-is-zero"] if self._told_empty else []
         return ["nbdcopy", "--flush", *extra, str(source), f"nbd://127.0.0.1:{self._port}"]
 
 

@@ -115,6 +115,12 @@ def start_server(pool_root: Path) -> Iterator[ServerFactory]:
     yield from _factory(pool_root)
 
 
+@pytest.fixture
+def start_cloning_server(xfs_pool_root: Path) -> Iterator[ServerFactory]:
+    """As `start_server`, on pools that can clone: a committed generation outlives whatever happens to an update."""
+    yield from _factory(xfs_pool_root)
+
+
 @pytest.fixture(scope="module")
 def server(pool_root: Path) -> Iterator[Server]:
     """A server shared by the tests of a module. Tests use volumes of their own (`volume`)."""

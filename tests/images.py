@@ -197,9 +197,15 @@ class Expected:
 
 
 def expect(
-    source: Snapshot, destination: Snapshot, region_size: int, sent_whole: Container[int] = frozenset()
+    source: Snapshot,
+    destination: Snapshot,
+    region_size: int,
+    sent_whole: Container[int] = frozenset(),
+    *,
+    cached: bool = True,
 ) -> Expected:
-    """What a sync must do. `sent_whole`: numbers of compared regions for which block digests are not asked for."""
+    """What a sync must do. `sent_whole`: numbers of compared regions for which block digests are not asked for.
+    `cached`: the server knows the digests of the newest generation and need not read it to compare."""
     expected = Expected()
     size = len(source.content)
     destination = destination.grown(size)
@@ -215,7 +221,7 @@ def expect(
                 expected.unmapped += held
             case True, False:
                 expected.regions["send"] += 1
-                expected.source_read += length
+                expected.source_read += sum(stop - at for at, stop in _blocks(start, end) if source.allocated(at, stop))
                 sent = sum(stop - at for at, stop in _blocks(start, end) if any(source.content[at:stop]))
                 expected.results["changed" if sent else "zero"] += 1
                 expected.data_sent += sent
@@ -223,7 +229,7 @@ def expect(
             case _:
                 expected.regions["compare"] += 1
                 expected.source_read += length
-                expected.destination_read += length
+                expected.destination_read += 0 if cached else length
                 if source.content[start:end] == destination.content[start:end]:
                     expected.results["equal"] += 1
                 else:
@@ -239,8 +245,11 @@ def _blocks(start: int, end: int, step: int = BLOCK) -> Iterable[tuple[int, int]
 def _expect_changed(
     expected: Expected, source: Snapshot, destination: Snapshot, start: int, end: int, region_size: int, whole: bool
 ) -> None:
-    # The region's digest after the change, and what was read to find the blocks (or, in a whole one, to compare them).
-    expected.destination_read += 2 * (end - start) if whole or region_size > PIECE else end - start
+    # Sent whole: what is there is read, and what it becomes follows from the message. Otherwise the region is read to
+    # find the pieces (its own digest is enough where it is a single piece), and again after the change to check it,
+    # unless every block is in the message.
+    described = all(source.content[at:stop] != destination.content[at:stop] for at, stop in _blocks(start, end))
+    expected.destination_read += (end - start) * (1 if whole else (region_size > PIECE) + (not described))
     if not whole:
         pieces = _blocks(start, end, PIECE)
         expected.destination_read += sum(

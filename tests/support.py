@@ -23,7 +23,6 @@ from tests.images import Snapshot
 PROGRAMS = Path(sys.executable).parent
 START_SECONDS = 30
 STOP_SECONDS = 20
-NOBODY = 65534
 
 Report = dict[str, Any]
 
@@ -49,11 +48,15 @@ def command(*args: object) -> list[str]:
     return [str(PROGRAMS / "blockferry"), *map(str, args)]
 
 
-def run_cli(*args: object, as_nobody: bool = False, timeout: float = 120) -> Finished:
-    """Run `blockferry` to its end; `as_nobody` without any privileges."""
+def run_cli(*args: object, unprivileged: bool = False, timeout: float = 120) -> Finished:
+    """Run `blockferry` to its end; `unprivileged` so that file permissions count even for root.
+
+    Root stays root then, without the capabilities that override permissions: another user might not be able to reach
+    the interpreter.
+    """
     words = command(*args)
-    if as_nobody and os.geteuid() == 0:
-        words = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", *words]
+    if unprivileged and os.geteuid() == 0:
+        words = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *words]
     done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False)
     return Finished(done.returncode, done.stdout, done.stderr)
 

@@ -10,8 +10,7 @@ import secrets
 from pathlib import Path
 
 import msgspec
-from blockferry.common import disk
-from blockferry.common.durable import write_atomic
+from blockferry.common.durable import make_directories, write_atomic
 from blockferry.common.errors import from_os_error
 
 COMMIT_ID_SIZE = 16
@@ -44,12 +43,11 @@ class CommitLedger:
 
     def mint(self, replica_uuid: bytes, volume: str, source: str) -> CommitRecord:
         """A new commit id, durable when this returns."""
+        # A path may hold bytes that are no UTF-8; JSON may not.
+        source = source.encode("utf-8", "backslashreplace").decode()
         record = CommitRecord(replica_uuid.hex(), volume, source, secrets.token_hex(COMMIT_ID_SIZE))
         try:
-            created = not self._directory.exists()
-            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if created:
-                disk.fsync_directory(self._directory.parent)
+            make_directories(self._directory)
             self._write(record)
         except OSError as error:
             raise from_os_error(error, f"cannot keep the commit id in {self._directory}", volume=volume) from error
@@ -69,7 +67,7 @@ class CommitLedger:
         """The last commit asked for, or None where nothing usable is known."""
         try:
             return msgspec.json.decode(self._path(replica_uuid).read_bytes(), type=CommitRecord)
-        except (OSError, msgspec.DecodeError, msgspec.ValidationError):
+        except (OSError, UnicodeDecodeError, msgspec.MsgspecError):
             return None
 
     def _write(self, record: CommitRecord) -> None:

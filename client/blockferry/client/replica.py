@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from blockferry.client.report import Tally
 from blockferry.common.address import Address
 from blockferry.common.digests import digest_size
+from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import ByteBudget, RateLimiter
 from blockferry.common.framing import Outgoing, encode_request
@@ -195,6 +196,11 @@ class ChangeStream:
             self._beating.cancel()
             await asyncio.gather(self._acknowledging, self._beating, return_exceptions=True)
 
+    @property
+    def rate(self) -> int:
+        """Bytes per second it is limited to; 0 for no limit."""
+        return self._limiter.rate
+
     async def send(self, changes: Sequence[Outgoing], *, last: bool = False) -> None:
         """Send changes in one message; waits while too much is in flight. `last`: nothing follows."""
         weight = sum(change.size for change in changes)
@@ -221,6 +227,7 @@ class ChangeStream:
             await self._settled.wait()
             self._raise_failure()
             raise
+        crash_point("client-changes-sent")
         self._tally.data_sent += sum(change.payload for change in changes)
 
     def settle(self, first: int, count: int) -> None:

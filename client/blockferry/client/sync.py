@@ -86,6 +86,7 @@ async def sync(source: Volume, destination: Address, options: SyncOptions, progr
             in_place=options.in_place,
             snapshot_id=source.snapshot_id,
         )
+        crash_point("client-session-opened")
         ledger = CommitLedger(options.state_directory or default_state_directory())
         try:
             ledger.reconcile(session.replica_uuid, session.newest_commit_id)
@@ -101,6 +102,7 @@ async def sync(source: Volume, destination: Address, options: SyncOptions, progr
             phase.note = stream.stalled
             async with stream:
                 await Transfer(source, session, stream, decided, options.bytes_in_flight // 2, phase, tally).run()
+            crash_point("client-transferred")
             await _refuse_resized_source(source)
             watch.lap("transfer")
 
@@ -110,6 +112,7 @@ async def sync(source: Volume, destination: Address, options: SyncOptions, progr
             committed = await session.commit(bytes.fromhex(record.commit_id), options.keep)
             crash_point("client-commit-answered")
             ledger.confirm(record)
+            crash_point("client-commit-confirmed")
             watch.lap("commit")
         except BaseException:
             await asyncio.shield(session.abort())

@@ -15,7 +15,7 @@ from blockferry.client.compare import Refiner
 from blockferry.client.plan import Plan
 from blockferry.client.replica import ChangeStream, ReplicaSession
 from blockferry.client.report import Phase, Tally
-from blockferry.common.digests import REGION_DIGEST_SIZE, differing_pieces, digest, digests, is_zero, nonzero_extents
+from blockferry.common.digests import REGION_DIGEST_SIZE, differing_pieces, digest, digests, nonzero_extents
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import BufferPool
 from blockferry.common.framing import Outgoing, encode_unmap, encode_write
@@ -33,7 +33,7 @@ BATCH_SIZE = 8 * 1024 * 1024
 UNMAP_SIZE = 1024 * 1024 * 1024
 """Bytes unmapped by one message, so that very long runs still show progress."""
 
-MESSAGE_SIZE = 1024 * 1024
+MESSAGE_SIZE = 4 * 1024 * 1024
 """Bytes of changes gathered in one message; a single larger change goes alone. See docs/performance.md."""
 
 Region = tuple[int, memoryview]
@@ -69,6 +69,8 @@ class Transfer:
         self._phase = phase
         self._tally = tally
         self._refiner = Refiner(session.key, plan.geometry.region_size)
+        # Under a low bandwidth limit small messages: a large one would take long enough to look stuck.
+        self._message_size = min(MESSAGE_SIZE, stream.rate // 4) if stream.rate else MESSAGE_SIZE
         self._batch = max(BATCH_SIZE // plan.geometry.region_size, 1)
         self._buffers = BufferPool(self._batch * plan.geometry.region_size, buffer_bytes)
 
@@ -78,6 +80,7 @@ class Transfer:
             self._geometry.bytes_in(regions)
             for regions in (self._compare_regions, self._send_regions, self._unmap_regions)
         )
+        failure: BlockferryError | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 await self._unmap()
@@ -86,7 +89,10 @@ class Transfer:
                     handle = self._compare if compare else self._send
                     tasks.create_task(self._handle(handle, first, count, buffer), name=f"regions-{first}")
         except* BlockferryError as group:
-            raise _first(group) from None
+            failure = _first(group)
+        if failure is not None:
+            # Not raised above: before Python 3.11.4 whatever leaves an `except*` is wrapped in a group again.
+            raise failure
         await self._send_again(await self._stream.drain())
 
     def _batches(self) -> Iterable[tuple[int, int, bool]]:
@@ -103,7 +109,6 @@ class Transfer:
             offset, length = self._geometry.extent(first, count)
             data = memoryview(buffer)[:length]
             await handle(first, count, offset, data)
-            self._phase.done += length
         finally:
             self._buffers.release(buffer)
 
@@ -123,13 +128,16 @@ class Transfer:
     # --- source only: send what is not zero ------------------------------------------------------------------------
 
     async def _send(self, first: int, count: int, offset: int, data: memoryview) -> None:
-        await self._read(offset, data)
-        changes = await in_thread(_writes_of_nonzero, list(self._regions(offset, data)))
+        extents = await self._source.read_data_into(offset, data)
+        self._tally.source_read += sum(length for _, length in extents)
+        regions = list(self._regions(offset, data))
+        changes = await in_thread(_writes_of_nonzero, regions, extents)
         self._tally.changed += len(changes)
         self._tally.zero += count - len(changes)
-        for start, _ in self._regions(offset, data) if self._settling else ():
+        for start, region in regions:
             if start not in changes:
                 self._settle(start)
+                self._phase.done += len(region)
         await self._send_changes(list(changes.values()))
 
     # --- both: compare, then send what differs ---------------------------------------------------------------------
@@ -142,11 +150,12 @@ class Transfer:
         differing = differing_pieces(ours, theirs, REGION_DIGEST_SIZE)
         self._tally.equal += count - len(differing)
         self._tally.changed += len(differing)
-        for index in {*range(count)} - {*differing} if self._settling else ():
-            self._settle(offset + index * self._geometry.region_size)
+        regions = list(self._regions(offset, data))
+        for index in {*range(count)}.difference(differing):
+            self._settle(regions[index][0])
+            self._phase.done += len(regions[index][1])
         if not differing:
             return
-        regions = list(self._regions(offset, data))
         expected = [ours[index * REGION_DIGEST_SIZE : (index + 1) * REGION_DIGEST_SIZE] for index in differing]
         chosen = [regions[index] for index in differing]
         if not self._refiner.asking:
@@ -199,28 +208,46 @@ class Transfer:
     async def _send_changes(self, changes: Sequence[Outgoing]) -> None:
         """Send changes, as many in a message as fit."""
         gathered: list[Outgoing] = []
-        size = 0
         for change in changes:
-            if gathered and size + change.size > MESSAGE_SIZE:
-                await self._stream.send(gathered)
-                gathered, size = [], 0
+            if gathered and sum(one.size for one in gathered) + change.size > self._message_size:
+                await self._send_gathered(gathered)
+                gathered = []
             gathered.append(change)
-            size += change.size
         if gathered:
-            await self._stream.send(gathered)
+            await self._send_gathered(gathered)
+
+    async def _send_gathered(self, changes: Sequence[Outgoing]) -> None:
+        await self._stream.send(changes)
+        self._phase.done += sum(change.length for change in changes)
 
 
 def _whole(region: Region) -> Run:
     return 0, -(-len(region[1]) // BLOCK_SIZE)
 
 
-def _writes_of_nonzero(regions: Iterable[Region]) -> dict[int, Outgoing]:
-    """By offset the writes of what is not zero in each region; a region of zeros has none."""
+def _writes_of_nonzero(regions: Iterable[Region], extents: Sequence[Run]) -> dict[int, Outgoing]:
+    """By offset the writes of what is not zero in each of consecutive regions; a region of zeros has none. Only
+    `extents`, counted from the first region, hold data."""
     found = {}
+    position = 0
     for offset, data in regions:
-        if not is_zero(data):
-            found[offset] = _encode_write(offset, data, list(nonzero_extents(data)))
+        writes = [
+            (start + inner, length)
+            for start, end in _clipped(extents, position, position + len(data))
+            for inner, length in nonzero_extents(data[start:end])
+        ]
+        if writes:
+            found[offset] = _encode_write(offset, data, writes)
+        position += len(data)
     return found
+
+
+def _clipped(extents: Iterable[Run], begin: int, end: int) -> Iterable[Run]:
+    """(start, end) within [begin, end), counted from `begin`, of the extents that reach into it."""
+    for start, length in extents:
+        low, high = max(start, begin), min(start + length, end)
+        if low < high:
+            yield low - begin, high - begin
 
 
 def _encode_all(changes: Iterable[tuple[Region, Sequence[Run], bytes, bool]]) -> list[Outgoing]:

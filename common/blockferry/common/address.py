@@ -51,6 +51,9 @@ class Address:
     @classmethod
     def parse(cls, uri: str) -> Address:
         """Raise INVALID_ARGUMENT for anything that is not an address."""
+        if any(character < " " or character == "\x7f" for character in uri):
+            # urlsplit would drop some of them silently, and another volume would be meant.
+            raise _bad(uri, "it has a control character")
         try:
             parts = urlsplit(uri)
             port = parts.port
@@ -62,7 +65,7 @@ class Address:
             raise _bad(uri, "it has a part that addresses do not have")
         if parts.scheme == "grpc+unix":
             query = parse_qs(parts.query, keep_blank_values=True)
-            if parts.netloc or len(parts.path) < 2:
+            if parts.netloc or len(parts.path) < 2 or "\0" in unquote(parts.path):
                 raise _bad(uri, "it names no socket")
             if set(query) - {"volume"} or len(query.get("volume", [""])) > 1:
                 raise _bad(uri, "only volume= may follow the socket")

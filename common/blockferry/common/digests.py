@@ -7,7 +7,7 @@ and the region's own digest is checked after the change is applied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from blake3 import blake3
 from blockferry.common.regions import BLOCK_SIZE, Run
@@ -34,6 +34,21 @@ def digest_size(piece_size: int, region_size: int) -> int:
 def digest(data: Data, key: bytes, size: int = REGION_DIGEST_SIZE) -> bytes:
     """The keyed digest of `data`, `size` bytes long."""
     return blake3(data, key=key).digest(size)
+
+
+def digest_of_pieces(pieces: Iterable[Data], key: bytes, size: int = REGION_DIGEST_SIZE) -> bytes:
+    """The keyed digest of pieces one after the other, without joining them."""
+    hasher = blake3(key=key)
+    for piece in pieces:
+        hasher.update(piece)
+    return hasher.digest(size)
+
+
+def zeros(length: int) -> Iterator[Data]:
+    """`length` zero bytes, in pieces."""
+    while length > 0:
+        yield _ZEROS if length >= len(_ZEROS) else memoryview(_ZEROS)[:length]
+        length -= len(_ZEROS)
 
 
 def digests(data: memoryview, piece_size: int, key: bytes, size: int) -> bytes:

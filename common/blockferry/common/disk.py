@@ -19,6 +19,11 @@ def create(path: Path, flags: int = os.O_RDWR) -> int:
     return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
+def make_directory(path: Path) -> None:
+    """mkdir(2), mode 0700; not durable until the directory above is flushed."""
+    os.mkdir(path, 0o700)
+
+
 def pwrite(fd: int, data: Data, offset: int) -> int:
     """pwrite(2); returns the bytes written, which may be fewer."""
     return os.pwrite(fd, data, offset)

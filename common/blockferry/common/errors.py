@@ -14,6 +14,7 @@ import os
 class Code(enum.StrEnum):
     """What kind of failure it is; stable names for programs."""
 
+    USAGE = "usage"
     INVALID_ARGUMENT = "invalid-argument"
     NOT_FOUND = "not-found"
     UNREADABLE = "unreadable"

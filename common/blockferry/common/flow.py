@@ -34,8 +34,8 @@ class ByteBudget:
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self.release(amount)
+            # Even one that was not granted may have kept others waiting that fit.
+            self.release(amount if turn.done() and not turn.cancelled() else 0)
             raise
 
     def release(self, amount: int) -> None:

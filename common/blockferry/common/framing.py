@@ -25,11 +25,13 @@ _DATA = pb.WriteRegionRequest.DATA_FIELD_NUMBER
 
 @dataclass(frozen=True)
 class Outgoing:
-    """One encoded change. `size` is its length in the message, `payload` the bytes of data in it."""
+    """One encoded change. `size` is its length in the message, `payload` the bytes of data in it, `length` that of the
+    range of the volume it is about."""
 
     parts: Sequence[Data]
     size: int
     payload: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def encode_write(request: pb.WriteRegionRequest, data: Sequence[Data]) -> Outgoi
     write = _tag(_WRITE, len(head) + len(tail) + payload)
     change = _tag(_CHANGES, len(write) + len(head) + len(tail) + payload)
     front = b"".join([change, write, head, tail])
-    return Outgoing([front, *data], len(front) + payload, payload)
+    return Outgoing([front, *data], len(front) + payload, payload, request.length)
 
 
 def encode_unmap(request: pb.UnmapRegionRequest) -> Outgoing:
@@ -59,7 +61,7 @@ def encode_unmap(request: pb.UnmapRegionRequest) -> Outgoing:
     body = request.SerializeToString()
     change = _tag(_UNMAP, len(body)) + body
     whole = _tag(_CHANGES, len(change)) + change
-    return Outgoing([whole], len(whole), 0)
+    return Outgoing([whole], len(whole), 0, request.length)
 
 
 def encode_request(head: pb.ApplyChangesRequest, changes: Sequence[Outgoing]) -> bytes:

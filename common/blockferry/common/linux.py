@@ -11,9 +11,12 @@ import enum
 import errno
 import fcntl
 import os
+import signal
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+
+from blockferry.common import disk
 
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
@@ -22,6 +25,13 @@ _FICLONE = 0x40049409
 
 _libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_MMAP_THRESHOLD = 32 * 1024 * 1024
+"""Bytes: above every buffer and message (a region of 16 MiB and its envelope); the most that 64-bit glibc accepts."""
+_TRIM_THRESHOLD = 64 * 1024 * 1024
+"""Bytes kept on top of the heap: what a transfer has in flight."""
 
 NOT_SUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENODEV, errno.ENOTTY, errno.ENOSYS, errno.EINVAL})
 """What file systems and devices answer to an operation they do not know; never a failure of the data."""
@@ -35,6 +45,18 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep large freed buffers instead of giving them back to the kernel.
+
+    Otherwise each message of a transfer is built in pages that the kernel must zero first, which becomes the largest
+    cost of a copy. Other C libraries than glibc have no such call and are left alone.
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
 
 
 def reflink(source_fd: int, target_fd: int) -> None:
@@ -97,19 +119,6 @@ def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         yield data, position - data
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEEP_BYTES = 32 * 1024 * 1024
-"""The largest value glibc takes for M_MMAP_THRESHOLD."""
-
-
-def tune_malloc() -> None:
-    """Let glibc keep freed message buffers instead of giving them back to the kernel: faulting fresh pages in again is
-    otherwise the largest cost of a copy (mallopt(3)). Elsewhere than on glibc this does nothing."""
-    if hasattr(_libc, "mallopt"):
-        _libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
-        _libc.mallopt(_M_TRIM_THRESHOLD, 2 * _KEEP_BYTES)
-
-
 class Zeroing(enum.Enum):
     """Ways to make a range of a file read as zeros, best first."""
 
@@ -141,7 +150,7 @@ class ZeroingLadder:
             self.method = Zeroing.WRITE
         end = offset + length
         while offset < end:
-            offset += os.pwrite(fd, memoryview(_ZERO_CHUNK)[: end - offset], offset)
+            offset += disk.pwrite(fd, memoryview(_ZERO_CHUNK)[: end - offset], offset)
 
     @staticmethod
     def _try(fd: int, mode: int, offset: int, length: int) -> bool:
@@ -173,6 +182,9 @@ def opened_for_writing(fd: int) -> bool:
     A read lease can be had only on a file that nobody has open for writing. `fd` must be open read-only. Where leases
     are not possible (another owner's file, a file system without them) the answer is no.
     """
+    # Somebody who opens the file while we hold the lease makes the kernel signal us: by default with SIGIO, which ends
+    # a process; SIGURG is ignored.
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError as error:

@@ -58,7 +58,12 @@ class Geometry:
     def __post_init__(self) -> None:
         check_region_size(self.region_size)
         if self.size < 1:
-            raise BlockferryError(Code.INVALID_ARGUMENT, f"volume size {self.size} is not usable", cause="it is empty")
+            raise BlockferryError(
+                Code.INVALID_ARGUMENT,
+                f"volume size {self.size} is not usable",
+                cause="it is empty",
+                next="name a volume of at least one byte",
+            )
         if self.count > MAX_REGIONS:
             raise BlockferryError(
                 Code.INVALID_ARGUMENT,

@@ -13,15 +13,12 @@ from typing import Any, TypeVar, cast
 
 import grpc
 import grpc.aio
-import structlog
 from blockferry.common.address import Address
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import MAX_REGION_SIZE
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
-
-log = structlog.get_logger("blockferry.rpc")
 
 M = TypeVar("M", bound=Message)
 
@@ -29,9 +26,6 @@ MAX_MESSAGE = MAX_REGION_SIZE + 1024 * 1024
 """Bytes: one whole region of the largest size and its envelope."""
 
 _DOMAIN = "blockferry"
-_WRITE_FAILED = "Internal error from Core"
-"""What grpc.aio calls a write on a stream that has just ended, where it does not know why."""
-
 _DETAILS_KEY = "grpc-status-details-bin"
 
 KEEPALIVE_SECONDS = 10
@@ -44,6 +38,8 @@ _COMMON_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.http2.max_pings_without_data", 0),
+    # The largest there is: a message of data is then one frame instead of 256. See docs/performance.md.
+    ("grpc.http2.max_frame_size", (1 << 24) - 1),
 ]
 _SERVER_OPTIONS = [
     *_COMMON_OPTIONS,
@@ -55,6 +51,7 @@ _SERVER_OPTIONS = [
 _CLIENT_OPTIONS = [*_COMMON_OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
 
 _STATUS = {
+    Code.USAGE: grpc.StatusCode.INVALID_ARGUMENT,
     Code.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
     Code.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Code.UNREADABLE: grpc.StatusCode.PERMISSION_DENIED,
@@ -92,22 +89,31 @@ def to_status(error: BlockferryError | OSError) -> status_pb2.Status:
     info = error_details_pb2.ErrorInfo(reason=error.code.name, domain=_DOMAIN)
     for name, value in error.fields().items():
         if value is not None and name != "code":
-            info.metadata[name] = str(value)
-    status = status_pb2.Status(code=_STATUS[error.code].value[0], message=error.line())
+            info.metadata[name] = _utf8(str(value))
+    status = status_pb2.Status(code=_STATUS[error.code].value[0], message=_utf8(error.line()))
     status.details.add().Pack(info)
     return status
 
 
+def _utf8(text: str) -> str:
+    """Paths may hold bytes that are no UTF-8; protobuf strings may not."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> BlockferryError:
     """The error the server meant; or, where it never answered, what happened to the connection."""
+    answered = False
     for key, value in error.trailing_metadata() or ():
         if key == _DETAILS_KEY:
+            answered = True
             found = from_status(value if isinstance(value, bytes) else value.encode())
             if found is not None:
                 return found
     details = error.details() or error.code().name
     code = error.code()
-    if details == _WRITE_FAILED:
+    if code is grpc.StatusCode.INTERNAL and not answered:
+        # What gRPC makes of a peer that died in the middle of a message, or of a write on a stream that has just ended;
+        # a server of ours sends details with INTERNAL.
         code = grpc.StatusCode.UNAVAILABLE
     match code:
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED | grpc.StatusCode.UNKNOWN:
@@ -128,10 +134,13 @@ def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> BlockferryError
 
 def from_status(data: bytes) -> BlockferryError | None:
     """Unpack what `to_status` packed, or None where it is something else."""
-    status = status_pb2.Status.FromString(data)
-    for detail in status.details:
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info) and info.domain == _DOMAIN and info.reason in Code.__members__:
+    try:
+        status = status_pb2.Status.FromString(data)
+        infos = [_error_info(detail) for detail in status.details]
+    except DecodeError:
+        return None
+    for info in infos:
+        if info.domain == _DOMAIN and info.reason in Code.__members__:
             fields = info.metadata
             return BlockferryError(
                 Code[info.reason],
@@ -147,18 +156,31 @@ def from_status(data: bytes) -> BlockferryError | None:
     return None
 
 
+def _error_info(detail: Any) -> error_details_pb2.ErrorInfo:
+    info = error_details_pb2.ErrorInfo()
+    detail.Unpack(info)
+    return info
+
+
 def _number(text: str | None) -> int | None:
-    return int(text) if text is not None and text.isdigit() else None
+    return int(text) if text is not None and text.isascii() and text.isdigit() else None
 
 
 # --- serving ----------------------------------------------------------------------------------------------------
 
 
+def _log() -> Any:
+    # Imported here because it takes a fifth of a second, and a command line that only calls never logs.
+    import structlog
+
+    return structlog.get_logger("blockferry.rpc")
+
+
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BlockferryError, method: str) -> None:
-    log.info("refused", method=method, **{key: value for key, value in error.fields().items() if value is not None})
+    _log().info("refused", method=method, **{key: value for key, value in error.fields().items() if value is not None})
     status = to_status(error)
     await context.abort(
-        _STATUS[error.code], error.line(), trailing_metadata=((_DETAILS_KEY, status.SerializeToString()),)
+        _STATUS[error.code], status.message, trailing_metadata=((_DETAILS_KEY, status.SerializeToString()),)
     )
 
 
@@ -169,7 +191,7 @@ def _guarded(method: MethodDescriptor, implementation: Callable[..., Any]) -> Ca
         if isinstance(error, OSError):
             error = from_os_error(error, f"{method.name} failed")
         if not isinstance(error, BlockferryError):
-            log.error("bug", method=method.name, exc_info=error)
+            _log().error("bug", method=method.name, exc_info=error)
             error = BlockferryError(Code.INTERNAL, f"{method.name} failed", cause=repr(error), next="report this")
         await _abort(context, error, method.name)
 

@@ -74,11 +74,18 @@ async def map_from_messages(
             header = message.header
         runs.extend(runs_from_wire(message.allocated))
     if header is None or header.provenance not in _FROM_WIRE:
-        raise BlockferryError(
-            Code.PROTOCOL,
-            "the allocation map is not usable",
-            cause="it has no header",
-            next="check that both sides run a released version of blockferry",
-        )
-    geometry = Geometry(header.size, header.region_size)
+        raise _unusable("it has no header")
+    try:
+        geometry = Geometry(header.size, header.region_size)
+    except BlockferryError as error:
+        raise _unusable(error.what) from error
     return AllocationMap.from_runs(geometry, runs, _FROM_WIRE[header.provenance]), header
+
+
+def _unusable(cause: str) -> BlockferryError:
+    return BlockferryError(
+        Code.PROTOCOL,
+        "the allocation map is not usable",
+        cause=cause,
+        next="check that both sides run a released version of blockferry",
+    )

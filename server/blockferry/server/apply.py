@@ -7,11 +7,20 @@ deallocate.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-from blockferry.common.digests import REGION_DIGEST_SIZE, digest, is_zero, nonzero_extents
+from blockferry.common.digests import (
+    REGION_DIGEST_SIZE,
+    Data,
+    digest,
+    digest_of_pieces,
+    is_zero,
+    nonzero_extents,
+    zeros,
+)
 from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.linux import Zeroing
@@ -100,45 +109,81 @@ def _check_extents(name: str, request: pb.WriteRegionRequest, extents: Sequence[
         end = extent.offset + extent.length
 
 
-async def write_region(
-    volume: Volume, key: bytes, request: pb.WriteRegionRequest, data: memoryview, *, was_zero: bool
-) -> Result:
-    """Apply a checked request. `was_zero`: the region is proven to read as zeros before the change."""
-    result = Result()
-    writes: list[tuple[int, memoryview]] = []
-    position = 0
-    for extent in request.writes:
-        writes.append((extent.offset, data[position : position + extent.length]))
-        position += extent.length
-    if request.uncompared:
-        result.read += request.length
-        present = memoryview(bytearray(request.length))
-        await volume.read_into(request.offset, present)
-        writes = [piece for offset, part in writes for piece in differing_blocks(present, offset, part)]
-    if writes:
-        await volume.write([(request.offset + offset, part) for offset, part in writes])
-        result.written += sum(len(part) for _, part in writes)
+@dataclass
+class Write:
+    """One checked WriteRegion on its way."""
+
+    request: pb.WriteRegionRequest
+    data: memoryview
+    """The request's data, which may be a view of a larger message."""
+    was_zero: bool
+    """The region is proven to read as zeros before the change."""
+    pieces: list[tuple[int, memoryview]] = field(default_factory=list)
+    """(offset in the region, data) of what is written."""
+    result: Result = field(default_factory=Result)
+
+    def __post_init__(self) -> None:
+        position = 0
+        for extent in self.request.writes:
+            self.pieces.append((extent.offset, self.data[position : position + extent.length]))
+            position += extent.length
+        self.whole = position + sum(extent.length for extent in self.request.zeros) == self.request.length
+
+    @property
+    def content_is_known(self) -> bool:
+        """Whether the region's content after the change follows from the request alone."""
+        return self.whole or (self.was_zero and not self.request.digest)
+
+    def content(self) -> Iterator[Data]:
+        """The region's content after the change, in pieces, where it is known: the data and zeros between."""
+        position = end = 0
+        for extent in self.request.writes:
+            yield from zeros(extent.offset - end)
+            yield self.data[position : position + extent.length]
+            position += extent.length
+            end = extent.offset + extent.length
+        yield from zeros(self.request.length - end)
+
+
+async def write_regions(volume: Volume, key: bytes, changes: Sequence[Write]) -> None:
+    """Apply changes of different regions together, in as few hand-offs to threads as possible; each one's `result` says
+    what it did.
+
+    The digest of a region that the request describes whole is taken from the request; where part of the region was
+    inferred from block digests, it is read back (the check of the second level of comparison).
+    """
+    for change in changes:
+        if change.request.uncompared:
+            present = await _read(volume, change)
+            change.pieces = [one for piece in change.pieces for one in differing_blocks(present, *piece)]
+        change.result.written = sum(len(part) for _, part in change.pieces)
+    writes = [(change.request.offset + offset, part) for change in changes for offset, part in change.pieces]
+    known = [change for change in changes if change.content_is_known]
+    _, found = await asyncio.gather(volume.write(writes), in_thread(_digests, known, key))
     crash_point("apply-written")
-    if request.zeros:
-        await _unmap(volume, [(request.offset + extent.offset, extent.length) for extent in request.zeros], result)
-    if request.digest:
-        result.read += request.length
-        present = memoryview(bytearray(request.length))
-        await volume.read_into(request.offset, present)
-        result.digest = await in_thread(digest, present, key)
-        result.mismatch = result.digest != request.digest
-    elif len(data) == request.length:
-        result.digest = await in_thread(digest, data, key)
-    elif was_zero:
-        result.digest = await in_thread(_digest_of_sparse, request.length, writes, key)
-    return result
+    for change in changes:
+        if change.request.zeros:
+            start = change.request.offset
+            extents = [(start + extent.offset, extent.length) for extent in change.request.zeros]
+            await _unmap(volume, extents, change.result)
+    for change, value in zip(known, found, strict=True):
+        change.result.digest = value
+    for change in changes:
+        if change.request.digest and not change.content_is_known:
+            change.result.digest = await in_thread(digest, await _read(volume, change), key)
+        if change.request.digest:
+            change.result.mismatch = change.result.digest != change.request.digest
 
 
-def _digest_of_sparse(length: int, writes: list[tuple[int, memoryview]], key: bytes) -> bytes:
-    region = bytearray(length)
-    for offset, part in writes:
-        region[offset : offset + len(part)] = part
-    return digest(region, key)
+def _digests(changes: Sequence[Write], key: bytes) -> list[bytes]:
+    return [digest_of_pieces(change.content(), key) for change in changes]
+
+
+async def _read(volume: Volume, change: Write) -> memoryview:
+    region = memoryview(bytearray(change.request.length))
+    await volume.read_into(change.request.offset, region)
+    change.result.read += len(region)
+    return region
 
 
 async def unmap_region(volume: Volume, request: pb.UnmapRegionRequest) -> Result:
@@ -153,6 +198,7 @@ async def _unmap(volume: Volume, extents: list[tuple[int, int]], result: Result)
         extents = [found for offset, length in extents for found in await _not_zero(volume, offset, length, result)]
     if extents:
         result.unmapped += await volume.unmap(extents)
+        crash_point("apply-unmapped")
 
 
 async def _not_zero(volume: Volume, offset: int, length: int, result: Result) -> list[tuple[int, int]]:
@@ -178,9 +224,8 @@ def differing_blocks(present: memoryview, offset: int, data: memoryview) -> list
     while position < len(data):
         # Blocks are aligned in the region, so the first and last pieces of an unaligned extent are shorter.
         step = min(BLOCK_SIZE - (offset + position) % BLOCK_SIZE, len(data) - position)
-        # A bytearray on the left compares by memcmp.
-        here = bytearray(present[offset + position : offset + position + step])
-        if here == data[position : position + step]:
+        # A plain == of two memoryviews compares element by element; this is a memcmp.
+        if bytes(present[offset + position : offset + position + step]).startswith(data[position : position + step]):
             if start >= 0:
                 found.append((offset + start, data[start:position]))
                 start = -1

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import ByteBudget
@@ -48,7 +48,6 @@ class ChangeReceiver:
         self._flush_due = asyncio.Event()
         self._applied = 0
         self._durable = 0
-        self._flush_asked = 0
         self._unflushed = 0
         self._expected = 1
         self._dropping = False
@@ -77,7 +76,7 @@ class ChangeReceiver:
                     yield response
                     # It may have been the last one.
                     self._wake.set()
-                elif work.done() and self._durable >= self._flush_asked:
+                elif work.done():
                     return
         except (BlockferryError, OSError) as error:
             await self._stop(work, flush)
@@ -143,21 +142,39 @@ class ChangeReceiver:
         response = self._response()
         if not changes:
             await self._replica.renew(self._ref)
-        for change in changes:
-            result = await _apply_change(self._replica, self._ref, change)
+        for together in _together(changes):
+            results = await self._apply_together(together)
             response = self._response()
-            result.add_to(response.totals)
-            if result.mismatch and change.request is not None:
-                response.mismatched_offsets.append(change.request.offset)
+            for change, result in zip(together, results, strict=True):
+                result.add_to(response.totals)
+                if result.mismatch and change.request is not None:
+                    response.mismatched_offsets.append(change.request.offset)
         if request.settled:
             await self._replica.settle(self._ref, list(runs_from_wire(request.settled)))
+        if request.flush:
+            await self._replica.flush(self._ref)
+            self._durable = self._response().durable = request.sequence
         self._applied = self._response().received = request.sequence
         self._unflushed += len(message)
-        if request.flush:
-            self._flush_asked = request.sequence
-        if request.flush or self._unflushed >= CHECKPOINT_BYTES:
+        if self._unflushed >= CHECKPOINT_BYTES:
             self._flush_due.set()
         self._wake.set()
+
+    async def _apply_together(self, changes: Sequence[Incoming]) -> list[Result]:
+        match changes[0].request:
+            case pb.WriteRegionRequest():
+                writes = [(one.request, one.data) for one in changes if isinstance(one.request, pb.WriteRegionRequest)]
+                return await self._replica.write_regions(writes, self._ref)
+            case pb.UnmapRegionRequest() as unmap:
+                return [await self._replica.unmap_region(unmap, self._ref)]
+            case _:
+                raise BlockferryError(
+                    Code.INVALID_ARGUMENT,
+                    "a change without content",
+                    cause="it is neither a write nor an unmap",
+                    next="nothing was changed; correct the request",
+                    volume=self._replica.name,
+                )
 
     async def _flush(self) -> None:
         while True:
@@ -170,7 +187,8 @@ class ChangeReceiver:
             self._flush_due.clear()
             applied, self._unflushed = self._applied, 0
             await self._replica.flush(self._ref)
-            self._durable = self._response().durable = applied
+            # A flush that a message asked for may have overtaken this one.
+            self._durable = self._response().durable = max(self._durable, applied)
             self._wake.set()
 
     def _response(self) -> pb.ApplyChangesResponse:
@@ -180,17 +198,18 @@ class ChangeReceiver:
         return self._pending
 
 
-async def _apply_change(replica: Replica, ref: pb.SessionRef, change: Incoming) -> Result:
-    match change.request:
-        case pb.WriteRegionRequest() as write:
-            return await replica.write_region(write, change.data, ref)
-        case pb.UnmapRegionRequest() as unmap:
-            return await replica.unmap_region(unmap, ref)
-        case _:
-            raise BlockferryError(
-                Code.INVALID_ARGUMENT,
-                "a change without content",
-                cause="it is neither a write nor an unmap",
-                next="nothing was changed; correct the request",
-                volume=replica.name,
-            )
+def _together(changes: Sequence[Incoming]) -> Iterator[list[Incoming]]:
+    """Split changes, in order, into what may be applied together: writes of different regions, or one unmap."""
+    gathered: dict[int, Incoming] = {}
+    for change in changes:
+        request = change.request
+        if not isinstance(request, pb.WriteRegionRequest) or request.offset in gathered:
+            if gathered:
+                yield list(gathered.values())
+            gathered = {}
+        if isinstance(request, pb.WriteRegionRequest):
+            gathered[request.offset] = change
+        else:
+            yield [change]
+    if gathered:
+        yield list(gathered.values())

@@ -114,7 +114,7 @@ def main() -> int:
     """Entry point of the console script."""
     arguments = _arguments(sys.argv[1:])
     telemetry.configure_logging()
-    linux.tune_malloc()
+    linux.keep_freed_memory()
     try:
         uvloop.run(serve(arguments))
     except BlockferryError as error:

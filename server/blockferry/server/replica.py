@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -315,29 +315,35 @@ class Replica:
             if region not in changed:
                 session.digests.put(region, found[index * size : (index + 1) * size])
 
-    async def write_region(self, request: pb.WriteRegionRequest, data: memoryview, ref: pb.SessionRef) -> apply.Result:
-        """Check and apply one change. `data` is the request's data, which may be a view of a larger message."""
+    async def write_regions(
+        self, requests: Sequence[tuple[pb.WriteRegionRequest, memoryview]], ref: pb.SessionRef
+    ) -> list[apply.Result]:
+        """Check and apply changes of different regions, each with its data."""
         async with self._using(ref) as session, session.applying:
-            apply.check_write(self.name, session.geometry, request, len(data))
-            region = request.offset // session.geometry.region_size
-            was_zero = session.allocated is not None and region not in session.allocated
-            session.change(region, 1)
-            if session.allocated is not None:
-                session.allocated.add(region)
-            try:
-                result = await self._survive(
-                    session,
-                    apply.write_region(session.volume, self.store.identity.key, request, data, was_zero=was_zero),
-                )
-            finally:
+            for request, data in requests:
+                apply.check_write(self.name, session.geometry, request, len(data))
+            changes = []
+            for request, data in requests:
+                region = request.offset // session.geometry.region_size
+                was_zero = session.allocated is not None and region not in session.allocated
+                changes.append(apply.Write(request, data, was_zero))
                 session.change(region, 1)
-            if result.digest is not None:
-                session.digests.put(region, result.digest)
-            if result.mismatch:
-                session.settled.discard(region)
-            elif session.snapshot_id:
-                session.settled.add(region)
-            return result
+                if session.allocated is not None:
+                    session.allocated.add(region)
+            try:
+                await self._survive(session, apply.write_regions(session.volume, self.store.identity.key, changes))
+            finally:
+                for change in changes:
+                    session.change(change.request.offset // session.geometry.region_size, 1)
+            for change in changes:
+                region = change.request.offset // session.geometry.region_size
+                if change.result.digest is not None:
+                    session.digests.put(region, change.result.digest)
+                if change.result.mismatch:
+                    session.settled.discard(region)
+                elif session.snapshot_id:
+                    session.settled.add(region)
+            return [change.result for change in changes]
 
     async def unmap_region(self, request: pb.UnmapRegionRequest, ref: pb.SessionRef) -> apply.Result:
         """Check and apply one change."""
@@ -362,7 +368,7 @@ class Replica:
                     if first + count <= session.geometry.count:
                         session.settled.add_range(first, first + count)
 
-    async def _survive(self, session: Session, change: Awaitable[apply.Result]) -> apply.Result:
+    async def _survive(self, session: Session, change: Awaitable[T]) -> T:
         """A full disk ends the session and gives its space back: the committed generations need none of it."""
         try:
             return await change
@@ -426,6 +432,7 @@ class Replica:
                 crash_point("commit-flushed")
                 if keep is not None:
                     await in_thread(self.store.set_keep, keep)
+                    crash_point("commit-rules-kept")
                 point = await in_thread(self.store.commit, commit_id, session.geometry.size, session.digests)
             except (OSError, BlockferryError) as error:
                 # Nothing about the session can be believed; read back what the disk says.
@@ -438,6 +445,7 @@ class Replica:
             await self._end_session()
             self.state = state
             await self._retire()
+            crash_point("commit-unanswered")
             return point
 
     async def _end_session(self) -> None:
@@ -461,6 +469,7 @@ class Replica:
         """End whatever is open; work done so far stays for the next session."""
         async with self._gate.closed():
             await self._end_session()
+            crash_point("shutdown-sessions-ended")
             await in_thread(self.store.close)
 
     # --- recovery points ------------------------------------------------------------------------------------------

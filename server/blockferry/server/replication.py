@@ -113,7 +113,7 @@ class ReplicationService:
     async def WriteRegion(self, request: pb.WriteRegionRequest, _: Context) -> pb.WriteRegionResponse:
         response = pb.WriteRegionResponse()
         replica = self._by_session(request.session)
-        result = await replica.write_region(request, memoryview(request.data), request.session)
+        (result,) = await replica.write_regions([(request, memoryview(request.data))], request.session)
         result.add_to(response.result)
         return response
 

@@ -64,6 +64,10 @@ class Identity(msgspec.Struct, frozen=True):
         return bytes.fromhex(self.digest_key)
 
 
+class _Version(msgspec.Struct, frozen=True):
+    format: int
+
+
 class SessionRecord(msgspec.Struct, frozen=True):
     """The durable part of a session. `epoch` only ever rises."""
 
@@ -102,6 +106,9 @@ class Store:
         self.directory = directory
         self.clones = clones
         self.identity = self._read_identity()
+        if not (directory / _LOG).exists():
+            # A new one would forget every generation, and their images would be taken for work.
+            raise _corrupt(directory / _LOG, "it is missing")
         self._log = Log(directory / _LOG)
         self.points: list[Point] = []
         """Committed generations, oldest first."""
@@ -116,6 +123,9 @@ class Store:
             for record in self._log.records:
                 self._replay(record)
             self.session = self._read_session()
+            if self.session.epoch == 0:
+                # Its name may be in memory only, whoever gave it: durable before anybody has a session.
+                disk.fsync_directory(directory.parent)
             self._stamps = self._take_clean_stamps()
             self._recover()
         except BaseException:
@@ -126,12 +136,13 @@ class Store:
     def create(cls, directory: Path, region_size: int, *, clones: bool) -> Store:
         """Make a new, empty replica. It appears under its name whole or not at all."""
         new = directory.with_name(f"{NEW_PREFIX}{uuid.uuid4().hex}")
-        new.mkdir(mode=0o700)
+        disk.make_directory(new)
+        Log(new / _LOG).close()
         identity = Identity(FORMAT, uuid.uuid4().hex, region_size, secrets.token_hex(KEY_SIZE), _now_us())
         write_atomic(new / _IDENTITY, msgspec.json.encode(identity))
-        Log(new / _LOG).close()
         disk.crash_point("create-before-rename")
-        rename_durably(new, directory)
+        disk.rename(new, directory)
+        disk.crash_point("create-renamed")
         return cls(directory, clones=clones)
 
     def close(self) -> None:
@@ -143,6 +154,7 @@ class Store:
         }
         with contextlib.suppress(OSError):
             write_unsynced(self.directory / _CLEAN, msgspec.json.encode(stamps))
+        disk.crash_point("shutdown-stamped")
         self.abandon()
 
     def abandon(self) -> None:
@@ -154,17 +166,19 @@ class Store:
     def _read_identity(self) -> Identity:
         path = self.directory / _IDENTITY
         try:
-            identity = msgspec.json.decode(path.read_bytes(), type=Identity)
-        except (FileNotFoundError, msgspec.MsgspecError) as error:
+            content = path.read_bytes()
+            # First of all, and alone: a newer format may have other fields.
+            version = msgspec.json.decode(content, type=_Version)
+            if version.format <= FORMAT:
+                return msgspec.json.decode(content, type=Identity)
+        except (FileNotFoundError, UnicodeDecodeError, msgspec.MsgspecError) as error:
             raise _corrupt(path, str(error)) from error
-        if identity.format > FORMAT:
-            raise BlockferryError(
-                Code.UNSUPPORTED,
-                f"{path} was written by a newer blockferry",
-                cause=f"it has format {identity.format}, this server knows {FORMAT}",
-                next="run the newer server; nothing was changed",
-            )
-        return identity
+        raise BlockferryError(
+            Code.UNSUPPORTED,
+            f"{path} was written by a newer blockferry",
+            cause=f"it has format {version.format}, this server knows {FORMAT}",
+            next="run the newer server; nothing was changed",
+        )
 
     def _read_session(self) -> SessionRecord:
         path = self.directory / _SESSION
@@ -172,7 +186,7 @@ class Store:
             return msgspec.json.decode(path.read_bytes(), type=SessionRecord)
         except FileNotFoundError:
             return SessionRecord()
-        except msgspec.MsgspecError as error:
+        except (UnicodeDecodeError, msgspec.MsgspecError) as error:
             # Going on with a lower epoch could let a fenced writer back in.
             raise _corrupt(path, str(error)) from error
 
@@ -181,10 +195,12 @@ class Store:
         path = self.directory / _CLEAN
         try:
             found = msgspec.json.decode(path.read_bytes(), type=dict[str, _CleanStamp])
-        except (OSError, msgspec.MsgspecError):
-            found = {}
+            stamps = {bytes.fromhex(name): Stamp(one.inode, one.size, one.ctime_ns) for name, one in found.items()}
+        except (OSError, ValueError, msgspec.MsgspecError):
+            stamps = {}
         disk.unlink(path)
-        return {bytes.fromhex(name): Stamp(one.inode, one.size, one.ctime_ns) for name, one in found.items()}
+        disk.crash_point("start-stamps-taken")
+        return stamps
 
     def _replay(self, record: dict[str, object]) -> None:
         kind, number = record.get("kind"), record.get("number")
@@ -219,6 +235,7 @@ class Store:
                 disk.unlink(path)
             else:
                 disk.rename(path, self.work)
+            disk.crash_point("start-image-settled")
         for path in self.directory.glob("*" + _DIGESTS):
             if path.with_suffix(_IMAGE).name not in known:
                 disk.unlink(path)
@@ -316,6 +333,7 @@ class Store:
         if progress is None:
             # Durably, and before the first write: what it says is no longer so.
             remove_durably(self.directory / _PROGRESS)
+            disk.crash_point("open-progress-removed")
         if self.work.exists():
             digests = None
         else:
@@ -355,6 +373,9 @@ class Store:
             self._append({"kind": "overwrite", "number": newest.number})
             disk.crash_point("open-overwrite-recorded")
             disk.rename(self.image(newest), self.work)
+            disk.crash_point("open-overwrite-renamed")
+            disk.unlink(self.image(newest).with_suffix(_DIGESTS))
+            self._stamps.pop(newest.commit_id, None)
 
     def _read_progress(self, snapshot_id: str, size: int) -> BitMap | None:
         if not snapshot_id or not self.work.exists():
@@ -374,6 +395,7 @@ class Store:
         """Drop the work image, unless it is all there is left of an overwritten generation."""
         if not self.overwritten:
             disk.unlink(self.work)
+            disk.crash_point("discard-removed")
             return
         # A write that failed may be gone from the disk and still be in memory, where the next session would compare it.
         with contextlib.suppress(FileNotFoundError):
@@ -393,6 +415,7 @@ class Store:
         point = Point(self.last_number + 1, commit_id, size, _now_us())
         image = self.image(point)
         cache.save(image.with_suffix(_DIGESTS), digests, commit_id, self.identity.region_size)
+        disk.crash_point("commit-digests-written")
         rename_durably(self.work, image)
         disk.crash_point("commit-renamed")
         self._append(
@@ -417,6 +440,7 @@ class Store:
         self._append({"kind": "drop", "number": point.number})
         disk.crash_point("drop-recorded")
         disk.unlink(self.image(point))
+        disk.crash_point("drop-image-removed")
         disk.unlink(self.image(point).with_suffix(_DIGESTS))
         self._stamps.pop(point.commit_id, None)
 
@@ -425,9 +449,9 @@ def _point_of(record: dict[str, object]) -> Point | None:
     """The point of a commit record, or None where the record is not one."""
     match record:
         case {"number": int(number), "commit_id": str(commit_id), "size": int(size), "at_us": int(at_us)}:
-            return Point(number, bytes.fromhex(commit_id), size, at_us)
-        case _:
-            return None
+            with contextlib.suppress(ValueError):
+                return Point(number, bytes.fromhex(commit_id), size, at_us)
+    return None
 
 
 def _now_us() -> int:

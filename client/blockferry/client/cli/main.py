@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import NoReturn
 
 import uvloop
 from blockferry.client.cli.render import Console
@@ -56,21 +58,36 @@ def _parse_retention(text: str) -> Retention:
         raise argparse.ArgumentTypeError(error.line()) from error
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error, and as JSON where that was asked for."""
+
+    def error(self, message: str) -> NoReturn:
+        console = Console(json="--json" in sys.argv[1:], quiet=False)
+        cause, _, next_step = message.partition("; ")
+        console.error(
+            BlockferryError(
+                Code.USAGE,
+                "usage error",
+                cause=cause,
+                next=f"{next_step}; see {self.prog} --help" if next_step else f"see {self.prog} --help",
+            )
+        )
+        raise SystemExit(2)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
     common.add_argument("--quiet", action="store_true", help="no progress and no summary")
     common.add_argument(
         "--insecure", action="store_true", help="allow plaintext to servers that are not on this machine"
     )
 
-    parser = argparse.ArgumentParser(prog="blockferry", description="Keep block volumes alive at a second site.")
+    parser = _Parser(prog="blockferry", description="Keep block volumes alive at a second site.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(
-        group: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help: str
-    ) -> argparse.ArgumentParser:
+    def add(group: argparse._SubParsersAction[_Parser], name: str, help: str) -> argparse.ArgumentParser:
         return group.add_parser(name, parents=[common], help=help, description=help[0].upper() + help[1:] + ".")
 
     planned = add(commands, "plan", "show what a sync would read, send and unmap, without doing it")
@@ -150,6 +167,8 @@ async def _run(command: Command, arguments: argparse.Namespace, console: Console
             )
         )
         return 128 + received[0]
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise from_os_error(error, f"{arguments.command} failed") from error
 
@@ -158,9 +177,10 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
     arguments = build_parser().parse_args(argv)
     console = Console(json=arguments.json, quiet=arguments.quiet)
-    # gRPC's own complaints would come between a progress display and the one line an error is.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    linux.tune_malloc()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Paths may hold bytes that are no UTF-8; they leave as they came.
+        sys.stdout.reconfigure(errors="surrogateescape")
+    linux.keep_freed_memory()
     try:
         return uvloop.run(_run(_find(arguments), arguments, console))
     except BlockferryError as error:

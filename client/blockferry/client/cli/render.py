@@ -20,8 +20,10 @@ PLAIN_SECONDS = 10.0
 def human_bytes(count: float) -> str:
     """Bytes with a binary unit: `1.5 MiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        text = f"{count:.0f}" if unit == "B" else f"{count:.1f}"
+        # As it is shown: 1023.99 KiB are 1.0 MiB, not 1024.0 KiB.
+        if float(text) < 1024:
+            return f"{text} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
 

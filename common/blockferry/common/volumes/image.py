@@ -124,16 +124,45 @@ class ImageVolume(Volume):
                     error, "cannot read", volume=self.uri, offset=offset + done, length=len(buffer) - done
                 ) from error
             if count == 0:
-                raise BlockferryError(
-                    Code.SOURCE_CHANGED,
-                    f"{self.uri} became shorter while it was read",
-                    cause=f"it had {self.size} bytes and now ends at {os.fstat(self._fd).st_size}",
-                    next="stop whatever changes it, or sync from a snapshot",
-                    volume=self.uri,
-                    offset=offset + done,
-                    length=len(buffer) - done,
-                )
+                raise self._shorter(offset + done, len(buffer) - done)
             done += count
+
+    def _shorter(self, offset: int, length: int) -> BlockferryError:
+        return BlockferryError(
+            Code.SOURCE_CHANGED,
+            f"{self.uri} became shorter while it was read",
+            cause=f"it had {self.size} bytes and now ends at {os.fstat(self._fd).st_size}",
+            next="stop whatever changes it, or sync from a snapshot",
+            volume=self.uri,
+            offset=offset,
+            length=length,
+        )
+
+    async def read_data_into(self, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
+        return await in_thread(self._read_data_into, offset, buffer)
+
+    def _read_data_into(self, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
+        end = offset + len(buffer)
+        if os.fstat(self._fd).st_size < end:
+            # Past the end of a file there is nothing but a hole, which must not be taken for zeros.
+            raise self._shorter(offset, len(buffer))
+        try:
+            # The descriptor's own offset moves, but nobody uses it: every other call names its offset.
+            extents = list(linux.data_extents(self._fd, offset, end))
+        except OSError as error:
+            if error.errno not in linux.NOT_SUPPORTED:
+                raise from_os_error(error, "cannot read the allocation", volume=self.uri, offset=offset) from error
+            extents = [(offset, len(buffer))]
+        found: list[tuple[int, int]] = []
+        for data, length in extents:
+            start = (data - offset) // BLOCK_SIZE * BLOCK_SIZE
+            stop = min(-(-(data + length - offset) // BLOCK_SIZE) * BLOCK_SIZE, len(buffer))
+            if found and sum(found[-1]) >= start:
+                start = found.pop()[0]
+            found.append((start, stop - start))
+        for start, length in found:
+            self._read_into(offset + start, buffer[start : start + length])
+        return found
 
     async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
         await in_thread(self._write, extents)

@@ -65,6 +65,15 @@ class Volume(abc.ABC):
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`. A short read is an error, never silently zeros."""
 
+    async def read_data_into(self, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
+        """Fill `buffer` from `offset` where the device has data; return (start, length) in the buffer of what was
+        filled, ascending, made of whole blocks. All else is proven to read as zeros and left as it was in `buffer`.
+
+        Volumes that cannot tell fill everything. The offset must be a multiple of the block size.
+        """
+        await self.read_into(offset, buffer)
+        return [(0, len(buffer))]
+
     @abc.abstractmethod
     async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
         """Write each (offset, data). Returns when readable, not when durable."""

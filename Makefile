@@ -1,0 +1,70 @@
+# Everything a developer types. Each target does its own set-up; a second run finds it done.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# mke2fs, debugfs and their like are in root's directories, which not everybody has in PATH.
+export PATH := $(PATH):/usr/local/sbin:/usr/sbin:/sbin
+
+.PHONY: help
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# --- set-up -------------------------------------------------------------------------------------------------------
+
+$(VENV)/pyvenv.cfg:
+	@deploy/make-venv $(VENV)
+
+$(VENV)/.requirements: requirements-dev.txt | $(VENV)/pyvenv.cfg
+	@echo "installing pinned requirements into $(VENV)" >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	@touch $@
+
+$(READY): $(VENV)/.requirements pyproject.toml
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# --- use ----------------------------------------------------------------------------------------------------------
+
+.PHONY: demo
+demo: $(READY) ## watch a file-system image travel to a second site, change, and travel again
+	@deploy/packages e2fsprogs
+	@$(BIN)/python -m deploy.demo
+
+.PHONY: test
+test: $(READY) ## everything that must pass: make check, then all tests
+	@deploy/packages tests
+	@$(MAKE) --no-print-directory check
+	@$(BIN)/python -m pytest $(TESTS)
+
+.PHONY: check
+check: $(READY) ## formatting, lint, types, import contracts, generated code
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m deploy.protos --check
+
+.PHONY: protos
+protos: $(READY) ## regenerate common/blockferry/v1 from protos/
+	@$(BIN)/python -m deploy.protos
+
+.PHONY: bench
+bench: $(READY) ## measure, compare with the bounds, write bench/results/
+	@$(BIN)/python -m bench
+
+.PHONY: lock
+lock: $(READY) ## pin and hash the newest development requirements that pyproject.toml allows
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --upgrade --quiet \
+		--generate-hashes --no-header --no-annotate --no-emit-index-url --no-emit-find-links \
+		--output-file requirements-dev.txt
+
+.PHONY: clean
+clean: ## remove the virtual environment, caches and results
+	@rm -rf $(VENV) dist build bench/results .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

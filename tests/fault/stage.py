@@ -1,0 +1,309 @@
+"""A server process that may die, a replica on it, and what must hold afterwards; for the tests that kill.
+
+The source's client runs in the test's own process, or in a child where it is the one to die.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockferry.client.report import Progress
+from blockferry.client.sync import SyncOptions, sync
+from blockferry.common.address import Address
+from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.framing import Outgoing, encode_request, encode_write
+from blockferry.common.retention import Retention
+from blockferry.common.rpc import Connection
+from blockferry.common.volumes import ImageVolume
+from blockferry.v1 import replicas_pb2 as replicas
+from blockferry.v1 import replication_pb2 as pb
+
+from tests.images import BLOCK, KIB, Piece, build, noise
+from tests.support import Report, Server, command
+
+CRASH_POINT = "BLOCKFERRY_CRASH_POINT"
+
+REGION = 64 * KIB
+KEEP = 2
+"""Recovery points kept."""
+
+STATE_FILES = {"replica.json", "commits.log", "session.json", "progress.json"}
+"""What lies in a replica's directory beside images and digests while a server runs."""
+
+KILLED = -signal.SIGKILL
+SMALL = 40 * REGION + 3 * BLOCK
+
+_names = itertools.count(1)
+
+
+def picture(generation: int, regions: int) -> list[Piece]:
+    """The pieces of an image: of every seven regions one is a hole and one differs from generation to generation."""
+    found: list[Piece] = []
+    for region in range(regions):
+        if (region + generation) % 7 == 0:
+            continue
+        seed = f"{region} {generation}" if (region + generation) % 7 == 1 else f"{region}"
+        found.append((region * REGION, noise(seed, REGION)))
+    return found
+
+
+class DoomedServer(Server):
+    """A server that kills itself at a crash point (`NAME:PASS`), once: the next one lives."""
+
+    def __init__(self, pool: Path, doom: str = "", flags: Sequence[str] = ()) -> None:
+        super().__init__(pool, flags=["--keep-at-least", "last=1", *flags])
+        self.doom = doom
+
+    @property
+    def words(self) -> list[str]:
+        """The command line."""
+        return ["env", f"{CRASH_POINT}={self.doom}", *super().words]
+
+    def status(self) -> int | None:
+        """The exit status, or None while it runs; reaps it."""
+        if self._process is None or self._process.poll() is None:
+            return None
+        status = self._process.returncode
+        self.kill()
+        return status
+
+    async def death(self) -> int:
+        """Wait until it dies; its exit status."""
+        fd = os.pidfd_open(self.pid)
+        ended = asyncio.Event()
+        asyncio.get_running_loop().add_reader(fd, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            asyncio.get_running_loop().remove_reader(fd)
+            os.close(fd)
+        status = self.status()
+        assert status is not None
+        return status
+
+    def status_of_start(self) -> int | None:
+        """Start it where it may die at once: the exit status, or None if it runs."""
+        self._process = subprocess.Popen(self.words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        Server.running.append(self)
+        assert self._process.stdout is not None
+        if self._process.stdout.readline():
+            return None
+        self._process.wait(30)
+        return self.status()
+
+
+@dataclass
+class Death:
+    """How the server died."""
+
+    status: int
+
+
+class Stage:
+    """One replica. `contents` are those of the generations known to be committed, by number."""
+
+    def __init__(self, server: DoomedServer, scratch: Path, *, size: int = SMALL, clones: bool = True):
+        self.server = server
+        self.volume = f"volume-{next(_names)}"
+        self.clones = clones
+        self.size = size
+        self.source = scratch / f"{self.volume}.img"
+        self.state = scratch / f"{self.volume}-state"
+        self.contents: dict[int, bytes] = {}
+        self.attempted = b""
+        self.overwriting = False
+        self._generations = itertools.count(1)
+
+    @property
+    def directory(self) -> Path:
+        """The replica's."""
+        return self.server.pool / self.volume
+
+    @property
+    def newest(self) -> int:
+        """The number of the newest generation known to be committed; 0 for none."""
+        return max(self.contents, default=0)
+
+    def change_source(self) -> None:
+        """Give the source other content."""
+        build(self.source, self.size, picture(next(self._generations), self.size // REGION))
+        self.attempted = self.source.read_bytes()
+        self.overwriting = not self.clones and bool(self.contents)
+
+    @property
+    def options(self) -> SyncOptions:
+        """How every sync here is done."""
+        return SyncOptions(
+            region_size=REGION, in_place=not self.clones, keep=Retention(last=KEEP), state_directory=self.state
+        )
+
+    @property
+    def words(self) -> list[str]:
+        """The command line of a sync."""
+        return command(
+            "sync", self.source, self.server.url(self.volume), "--region-size", REGION, "--keep", f"last={KEEP}",
+            "--state-dir", self.state, "--json", "--quiet", *(() if self.clones else ("--in-place",)),
+        )  # fmt: skip
+
+    def beside(self) -> Stage:
+        """Another replica on the same server."""
+        return Stage(self.server, self.source.parent, size=self.size, clones=self.clones)
+
+    def status_of_client(self, doom: str) -> int:
+        """Run a client that dies at a crash point; its exit status."""
+        words = ["env", f"{CRASH_POINT}={doom}", *self.words]
+        return subprocess.run(words, capture_output=True, check=False, timeout=60).returncode
+
+    async def sync(self) -> Report:
+        """Sync the source as it is; the generation is known afterwards."""
+        source = await ImageVolume.open(self.source)
+        try:
+            report = await sync(source, Address.parse(self.server.url(self.volume)), self.options, Progress())
+        finally:
+            await source.close()
+        self.answered(report)
+        return report
+
+    def answered(self, report: Report) -> None:
+        """A client has been told that its commit happened."""
+        assert report["generation"] == self.newest + 1
+        self.contents[self.newest + 1] = self.attempted
+
+    async def survive(self, step: Coroutine[object, object, object]) -> Death | None:
+        """Go through a step; if the server dies meanwhile the next one is started at once, as a supervisor does it."""
+        watch = asyncio.create_task(self._replace())
+        try:
+            await step
+        except BlockferryError as error:
+            if error.code not in (Code.UNAVAILABLE, Code.STALE_EPOCH):
+                raise
+            return await asyncio.wait_for(watch, 30)
+        # It may be dying at this very moment.
+        await asyncio.wait([watch], timeout=0.05)
+        if watch.done():
+            return watch.result()
+        watch.cancel()
+        return None
+
+    async def _replace(self) -> Death:
+        status = await self.server.death()
+        self.server.doom = ""
+        await asyncio.to_thread(self.server.start)
+        return Death(status)
+
+    async def checkpoint(self) -> None:
+        """Half a session of an immutable snapshot, made durable and ended."""
+        async with self._session("a snapshot") as (connection, ref):
+            call = connection.bidirectional("Replication/ApplyChanges", pb.ApplyChangesResponse)
+            data = noise("half", REGION)
+            write = pb.WriteRegionRequest(offset=0, length=REGION, writes=[pb.Extent(offset=0, length=REGION)])
+            changes: list[Outgoing] = [encode_write(write, [data])]
+            await call.write(encode_request(pb.ApplyChangesRequest(sequence=1, session=ref, flush=True), changes))
+            with connection.translated():
+                async for response in call:
+                    if response.durable == 1:
+                        break
+                else:
+                    raise AssertionError("the stream ended without a durable acknowledgement")
+            call.cancel()
+            await connection.call(
+                "Replication/AbortSession", pb.AbortSessionRequest(session=ref), pb.AbortSessionResponse
+            )
+
+    async def discard(self) -> None:
+        """A session that is given up with its work."""
+        async with self._session("") as (connection, ref):
+            await connection.call(
+                "Replication/AbortSession", pb.AbortSessionRequest(session=ref, discard=True), pb.AbortSessionResponse
+            )
+
+    @contextlib.asynccontextmanager
+    async def _session(self, snapshot_id: str) -> AsyncIterator[tuple[Connection, pb.SessionRef]]:
+        connection = Connection(Address.parse(self.server.url(self.volume)))
+        try:
+            opened = await connection.call(
+                "Replication/OpenSession",
+                pb.OpenSessionRequest(
+                    protocol_version=1, volume=self.volume, size=self.size, region_size=REGION,
+                    in_place=not self.clones, snapshot_id=snapshot_id,
+                ),
+                pb.OpenSessionResponse,
+            )  # fmt: skip
+            yield connection, opened.session
+        finally:
+            await connection.close()
+
+    async def restart(self) -> None:
+        """An orderly end and another start."""
+        assert await asyncio.to_thread(self.server.stop) == 0
+        await asyncio.to_thread(self.server.start)
+
+    # --- what must hold -----------------------------------------------------------------------------------------------
+
+    async def points(self) -> dict[int, Path]:
+        """The images of the recovery points, by number."""
+        connection = Connection(Address.parse(self.server.url(self.volume)))
+        try:
+            found = await connection.call(
+                "Replicas/ListRecoveryPoints",
+                replicas.ListRecoveryPointsRequest(volume=self.volume),
+                replicas.ListRecoveryPointsResponse,
+            )
+        except BlockferryError as error:
+            if error.code is not Code.NOT_FOUND or self.contents:
+                raise
+            return {}
+        finally:
+            await connection.close()
+        return {point.number: Path(point.path) for point in found.points}
+
+    async def verify(self) -> None:
+        """After a death: the newest generation is the one before or the one that was asked for, every point is what was
+        committed, and nothing lies about that nobody needs."""
+        points = await self.points()
+        if max(points, default=0) == self.newest + 1:
+            # It was committed, and its client does not know yet.
+            self.contents[self.newest + 1] = self.attempted
+        expected = set(range(max(self.newest - KEEP + 1, 1), self.newest + 1))
+        if not self.clones:
+            # Without clones there is one generation at most, and none while it is being replaced.
+            expected = {self.newest} - {0}
+            assert points.keys() == expected or (self.overwriting and not points)
+        else:
+            # The oldest may not be dropped yet.
+            assert expected <= points.keys() <= expected | {self.newest - KEEP} - {0}
+        for number, path in points.items():
+            assert path.read_bytes() == self.contents[number], f"generation {number} is not what was committed"
+        self._verify_files(points, work=True)
+
+    async def verify_next(self) -> None:
+        """The next sync succeeds, and leaves exactly what is needed."""
+        self.change_source()
+        self.overwriting = False
+        await self.sync()
+        points = await self.points()
+        kept = KEEP if self.clones else 1
+        assert points.keys() == set(range(max(self.newest - kept + 1, 1), self.newest + 1))
+        for number, path in points.items():
+            assert path.read_bytes() == self.contents[number], f"generation {number} is not what was committed"
+        self._verify_files(points, work=False)
+
+    def _verify_files(self, points: dict[int, Path], *, work: bool) -> None:
+        assert [path.name for path in self.server.pool.iterdir() if path.name.startswith(".new-")] == []
+        if not self.directory.exists():
+            assert not points
+            return
+        files = {path.name for path in self.directory.iterdir()}
+        images = {path.name for path in points.values()}
+        digests = {path.with_suffix(".digests").name for path in points.values()}
+        allowed = STATE_FILES | images | digests | ({"work.img"} if work else set())
+        assert files <= allowed, f"nobody needs {sorted(files - allowed)}"
+        assert images <= files

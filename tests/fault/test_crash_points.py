@@ -1,0 +1,236 @@
+"""Death at every crash point of the source: SIGKILL of the server or of the client exactly there, on real processes.
+
+Every name found in the source is gone through, at several passes of it in one life of a replica: a first sync, a
+checkpoint, an update, a session that is discarded, an update after which a recovery point is dropped, an orderly end
+and another start. A name that is never hit fails. After each death the newest generation is the one before or the one
+that was asked for (certainly the latter if the client has been told), every point is byte for byte what was committed,
+no file lies about that nobody needs, and the next sync succeeds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import blockferry.client
+import blockferry.common
+import blockferry.server
+import pytest
+
+from tests.fault.stage import KEEP, KILLED, Death, DoomedServer, Stage
+from tests.images import MIB
+
+PASSES = int(os.environ.get("BLOCKFERRY_CRASH_PASSES", "2"))
+"""Passes tried of a name: a first sync and an update. Names that fire for many files are tried at every pass."""
+
+ALL_PASSES = 40
+"""A bound on them."""
+
+_POINT = re.compile(r"crash_point\(\s*\"([^\"]+)\"")
+
+
+def _named(*packages: object) -> set[str]:
+    """The crash points in packages."""
+    found: set[str] = set()
+    for package in packages:
+        for path in Path(str(getattr(package, "__file__", ""))).parent.rglob("*.py"):
+            found |= set(_POINT.findall(path.read_text()))
+    return found
+
+
+BOTH = _named(blockferry.common)
+SERVER = _named(blockferry.server)
+CLIENT = _named(blockferry.client)
+
+IN_PLACE = {name for name in SERVER | BOTH if name.startswith(("open-", "commit-", "log-", "apply-"))}
+"""Names gone through on a file system that cannot clone too."""
+
+CLONES_ONLY = {"open-cloned"}
+IN_PLACE_ONLY = {name for name in SERVER if name.startswith("open-overwrite-")}
+STARTING = {name for name in SERVER if name.startswith("start-")}
+
+
+def _passes(name: str) -> range:
+    return range(1, 1 + (ALL_PASSES if name in BOTH else PASSES))
+
+
+@pytest.fixture(scope="module")
+def plain_pool_root(tmp_path_factory: pytest.TempPathFactory, xfs_pool_root: Path) -> Iterator[Path]:
+    """A file system that cannot clone files. Where the other can be mounted, so can this."""
+    base = tmp_path_factory.mktemp("plain")
+    image, mount = base / "disk.img", base / "mount"
+    mount.mkdir()
+    with image.open("wb") as file:
+        file.truncate(512 * MIB)
+    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=0", str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(mount)], check=True)
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+StageFactory = Callable[..., Stage]
+
+
+@pytest.fixture
+def make_stage(tmp_path: Path) -> Iterator[StageFactory]:
+    """Makes stages, each with a pool and a server of its own, and clears them away."""
+    stages: list[Stage] = []
+
+    def make(root: Path, doom: str = "", *, clones: bool = True) -> Stage:
+        pool = root / f"crash-{tmp_path.name}-{len(stages)}"
+        pool.mkdir()
+        stages.append(Stage(DoomedServer(pool, doom), tmp_path, clones=clones))
+        return stages[-1]
+
+    try:
+        yield make
+    finally:
+        for stage in stages:
+            stage.server.kill()
+            shutil.rmtree(stage.server.pool)
+
+
+async def _life(stage: Stage) -> Death | None:
+    """Until the server dies, or to the end."""
+    stage.change_source()
+    death = await stage.survive(stage.sync())
+    if stage.clones:
+        death = death or await stage.survive(stage.checkpoint())
+    for number in range(2):
+        if death is None:
+            stage.change_source()
+            death = await stage.survive(stage.sync())
+        if death is None and number == 0 and stage.clones:
+            death = await stage.survive(stage.discard())
+    if death is None:
+        status = stage.server.stop()
+        if status:
+            death = Death(status)
+        stage.server.doom = ""
+        stage.server.start()
+    return death
+
+
+async def _dies(stage: Stage) -> bool:
+    """Whether the server dies in its life; if so, everything that must hold then is checked."""
+    stage.server.start()
+    death = await _life(stage)
+    if death is None:
+        return False
+    assert death.status == KILLED
+    await stage.verify()
+    await stage.verify_next()
+    return True
+
+
+@pytest.mark.parametrize("name", sorted((SERVER | BOTH) - IN_PLACE_ONLY - STARTING))
+async def test_the_server_dies(make_stage: StageFactory, xfs_pool_root: Path, name: str) -> None:
+    hits = 0
+    for number in _passes(name):
+        if not await _dies(make_stage(xfs_pool_root, f"{name}:{number}")):
+            break
+        hits += 1
+    assert hits, f"{name} is never passed"
+    print(f"{hits} deaths at {name}")
+
+
+@pytest.mark.parametrize("name", sorted(IN_PLACE - CLONES_ONLY))
+async def test_the_server_dies_where_nothing_can_be_cloned(
+    make_stage: StageFactory, plain_pool_root: Path, name: str
+) -> None:
+    hits = 0
+    for number in _passes(name):
+        if not await _dies(make_stage(plain_pool_root, f"{name}:{number}", clones=False)):
+            break
+        hits += 1
+    assert hits, f"{name} is never passed"
+    print(f"{hits} deaths at {name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [("start-stamps-taken", ""), ("start-image-settled", "commit-renamed"), ("start-image-settled", "drop-recorded")],
+)
+async def test_the_server_dies_while_it_starts(
+    make_stage: StageFactory, xfs_pool_root: Path, name: str, before: str
+) -> None:
+    """`before`: where the server before it died, so that there is something to put right."""
+    stage = make_stage(xfs_pool_root, before)
+    stage.server.start()
+    if before:
+        assert await _syncs_to_death(stage) == KILLED
+    else:
+        stage.change_source()
+        await stage.sync()
+        assert stage.server.stop() == 0
+    stage.server.doom = f"{name}:1"
+    assert stage.server.status_of_start() == KILLED
+    stage.server.doom = ""
+    stage.server.start()
+    await stage.verify()
+    await stage.verify_next()
+
+
+async def _syncs_to_death(stage: Stage) -> int | None:
+    """Sync until the server dies, and leave it dead; its exit status."""
+    death = asyncio.create_task(stage.server.death())
+    for _ in range(KEEP + 1):
+        stage.change_source()
+        syncing = asyncio.create_task(stage.sync())
+        await asyncio.wait([syncing, death], return_when=asyncio.FIRST_COMPLETED)
+        if death.done():
+            syncing.cancel()
+            await asyncio.gather(syncing, return_exceptions=True)
+            return death.result()
+        await syncing
+    death.cancel()
+    return None
+
+
+TOLD = {"client-commit-answered", "client-commit-confirmed"}
+"""Where the client has been told that its commit happened."""
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "update"])
+@pytest.mark.parametrize("name", sorted(CLIENT | BOTH - {"log-before-fsync"}))
+async def test_the_client_dies(make_stage: StageFactory, xfs_pool_root: Path, name: str, first: bool) -> None:
+    stage = make_stage(xfs_pool_root)
+    stage.server.start()
+    hits = 0
+    for number in _passes(name):
+        if number > 1 and first:
+            stage = stage.beside()
+        if not first:
+            stage.change_source()
+            await stage.sync()
+        stage.change_source()
+        status = stage.status_of_client(f"{name}:{number}")
+        if status == 0:
+            break
+        assert status == KILLED
+        hits += 1
+        before = stage.newest
+        await stage.restart()
+        await stage.verify()
+        if name in TOLD:
+            assert stage.newest == before + 1
+        await stage.verify_next()
+        assert [path.suffix for path in (stage.state / "commits").iterdir()] == [".json"]
+    assert hits, f"{name} is never passed"
+    print(f"{hits} deaths at {name}")
+
+
+def test_every_name_is_gone_through() -> None:
+    """Each name belongs to the side it is named after, and to one of the tests above."""
+    assert {name for name in CLIENT if not name.startswith("client-")} == set()
+    assert {name for name in SERVER | BOTH if name.startswith("client-")} == set()
+    assert {"start-stamps-taken", "start-image-settled"} == STARTING
+    assert len(SERVER | CLIENT | BOTH) == len(SERVER) + len(CLIENT) + len(BOTH)
+    print(f"{len(SERVER | CLIENT | BOTH)} crash points: {', '.join(sorted(SERVER | CLIENT | BOTH))}")

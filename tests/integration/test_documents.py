@@ -1,0 +1,221 @@
+"""What the documents say is so: links go somewhere, every module is in README.md, commands and flags exist, failback is
+the one line it is said to be, every file on disk, RPC and error is described, and the example client of
+docs/protocol.md does what it says against a real server."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from blockferry.client import replica, transfer
+from blockferry.client.cli.main import build_parser
+from blockferry.common import rpc
+from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.retention import DEFAULT
+from blockferry.common.rpc import to_status
+from blockferry.server import changes, pool, store
+from blockferry.server import main as server_main
+from blockferry.server.main import _arguments as server_arguments
+from blockferry.v1 import replicas_pb2, replication_pb2
+
+from bench.peers import blockferry, script, serving
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+DESIGN = (ROOT / "docs/design.md").read_text()
+README = (ROOT / "README.md").read_text()
+PROTOCOL = (ROOT / "docs/protocol.md").read_text()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_go_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#][^)]*)\)", document.read_text())
+    local = [link.split("#")[0] for link in links if "://" not in link]
+    assert [link for link in local if not (document.parent / link).exists()] == []
+
+
+def test_every_module_is_in_the_readme() -> None:
+    modules = [
+        path
+        for root in ("client/blockferry/client", "server/blockferry/server", "common/blockferry/common")
+        for path in (ROOT / root).rglob("*.py")
+        if path.name != "__init__.py" and path.parent.name != "volumes"
+    ]
+    assert len(modules) > 20
+    table = README[README.index("## Where to look") :]
+    assert sorted({path.name for path in modules if f"{path.name}`" not in table}) == []
+
+
+def code_blocks(document: Path) -> list[str]:
+    """Lines of blocks that name no language, without their comments."""
+    blocks = "".join(re.findall(r"^```\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL))
+    return [line.split(" #")[0].rstrip() for line in blocks.splitlines()]
+
+
+def test_commands_of_the_documents_are_commands() -> None:
+    lines = {path.name: [line.split() for line in code_blocks(path)] for path in DOCUMENTS}
+    clients = [words for found in lines.values() for words in found if words[:1] == ["blockferry"]]
+    servers = [words for found in lines.values() for words in found if words[:1] == ["blockferry-server"]]
+    assert (len(clients), len(servers)) == (11, 1)
+    for words in clients:
+        build_parser().parse_args(words[1:])
+    for words in servers:
+        assert server_arguments(words[1:]).pool == Path("/srv/replicas")
+
+
+def test_commands_in_the_text_are_commands() -> None:
+    spans = {span for path in DOCUMENTS for span in re.findall(r"`(blockferry [a-z][^`]*)`", path.read_text())}
+    # In running text a command may be named without its arguments.
+    complete = [span.split() for span in spans if "grpc://" in span]
+    assert len(complete) == 1
+    for words in complete:
+        build_parser().parse_args(words[1:])
+    known = re.findall(r"^    ([a-z]+) ", build_parser().format_help(), re.MULTILINE)
+    assert {"plan", "sync", "verify", "volume", "replica"} == set(known)
+    assert {span.split()[1] for span in spans} <= set(known)
+
+
+def test_flags_of_the_documents_exist() -> None:
+    """Code that begins with a flag means one of ours; flags of other programs come after the program's name."""
+    named = {flag for path in DOCUMENTS for flag in re.findall(r"`(--[a-z][a-z-]*)", path.read_text())}
+    helped = [run_help("blockferry-server"), run_help("blockferry", "sync"), run_help("blockferry", "plan")]
+    known = {flag for text in helped for flag in re.findall(r"--[a-z][a-z-]*", text)}
+    assert {"--keep", "--keep-at-least", "--in-place", "--live"} <= named <= known
+
+
+def run_help(program: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [script(program), *arguments, "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout
+
+
+def test_every_flag_of_sync_is_in_the_readme() -> None:
+    flags = set(re.findall(r"--[a-z][a-z-]*", run_help("blockferry", "sync"))) - {"--help"}
+    assert len(flags) == 10
+    assert {flag for flag in flags if flag not in README} == set()
+
+
+def test_failback_is_the_line_of_the_readme(tmp_path: Path) -> None:
+    section = README[README.index("### Failback") : README.index("### Without reflinks")]
+    (line,) = re.findall(r"^blockferry (sync .*?) +#", section, re.MULTILINE)
+    content = b"away and back".ljust(3 << 20, b"\0")
+    (tmp_path / "vm.raw").write_bytes(content)
+    with serving(tmp_path / "away") as away, serving(tmp_path / "home") as home:
+        line = line.replace("grpc://127.0.0.1:9870", away.address).replace("grpc://127.0.0.1:9871", home.address)
+        words = line.split()
+        assert words == ["sync", f"{away.address}/vm", f"{home.address}/vm"]
+        state = tmp_path / "state"
+        blockferry("sync", str(tmp_path / "vm.raw"), f"{away.address}/vm", state=state)
+        there = blockferry(*words, state=state).report
+        assert (there["outcome"], there["generation"]) == ("committed", 1)
+        assert blockferry("plan", *words[1:], state=state).report["outcome"] == "planned"
+        equal = blockferry("verify", f"{away.address}/vm@1", f"{home.address}/vm", state=state).report
+        assert equal["outcome"] == "equal"
+        shown = blockferry("replica", "show", f"{home.address}/vm", state=state).report
+        assert Path(shown["path"]).read_bytes() == content
+
+
+def test_every_file_of_a_replica_is_described() -> None:
+    """The names that store.py, pool.py and commits.py give to files."""
+    names = {store._IDENTITY, store._LOG, store._SESSION, store._WORK, store._PROGRESS, store._CLEAN, pool._LOCK}
+    assert len(names) == 7
+    names |= {f"COMMIT-ID{store._IMAGE}", f"COMMIT-ID{store._DIGESTS}", store.NEW_PREFIX, "commits/REPLICA-UUID.json"}
+    layout = DESIGN[DESIGN.index("## On disk") : DESIGN.index("## The house")]
+    assert {name for name in names if name not in layout} == set()
+    versions = f"now {store.FORMAT}. A newer server"
+    assert versions in " ".join(layout.split())
+
+
+def test_every_call_and_field_of_a_request_is_described() -> None:
+    calls = {
+        method.name
+        for file in (replication_pb2, replicas_pb2)
+        for service in file.DESCRIPTOR.services_by_name.values()
+        for method in service.methods
+    }
+    assert len(calls) == 16
+    assert {call for call in calls if call not in PROTOCOL} == set()
+    for message in ("OpenSessionRequest", "ApplyChangesRequest", "ApplyChangesResponse", "SessionCommit"):
+        fields = replication_pb2.DESCRIPTOR.message_types_by_name[message].fields_by_name
+        assert {name for name in fields if name not in PROTOCOL} == set()
+
+
+def test_numbers_of_the_documents_are_those_of_the_code() -> None:
+    """Bounds that people plan with."""
+    mib = 1024 * 1024
+    text = " ".join(DESIGN.split())
+    assert f"every {changes.CHECKPOINT_BYTES // mib} MiB or {changes.CHECKPOINT_SECONDS:.0f} seconds" in text
+    assert f"batches of {transfer.BATCH_SIZE // mib} MiB" in text
+    half = transfer.BYTES_IN_FLIGHT // 2 // mib
+    assert f"at most {half} MiB of buffers for source data and {half} MiB of changes" in text
+    assert f"The server accepts {server_main.BYTES_IN_FLIGHT // mib} MiB for all streams" in text
+    assert f"After {replica.STALL_SECONDS:.0f} s without an acknowledgement" in text
+    assert f"clock, {server_main.LEASE_SECONDS:.0f} s unless" in text
+    assert f"for about {sum(replica.COMMIT_RETRY_SECONDS):.0f} seconds" in text
+    assert f"is given up after {2 * rpc.KEEPALIVE_SECONDS} s" in " ".join(PROTOCOL.split())
+    assert f"(at first `last={DEFAULT.last}`)" in " ".join(README.split())
+
+
+def test_tests_that_documents_name_exist() -> None:
+    named = {
+        name
+        for path in DOCUMENTS
+        for name in re.findall(r"`(tests/(?:unit|integration)/\w+\.py|bench/\w+\.py)`", path.read_text())
+    }
+    assert len(named) > 3
+    assert {name for name in named if not (ROOT / name).exists()} == set()
+
+
+def test_decisions_are_numbered_and_titled() -> None:
+    decisions = sorted((ROOT / "docs/decisions").glob("*.md"))
+    assert [int(path.name[:4]) for path in decisions] == list(range(1, len(decisions) + 1))
+    for path in decisions:
+        assert path.read_text().startswith(f"# {int(path.name[:4])}. "), path.name
+
+
+def test_make_targets_of_the_documents_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        name for path in DOCUMENTS for name in re.findall(r"(?:^|`)make ([a-z]+)\b", path.read_text(), re.MULTILINE)
+    }
+    assert {"demo", "test", "check"} <= named <= targets
+
+
+def test_continuous_integration_runs_the_command_of_the_readme() -> None:
+    assert "\nmake test " in README
+    assert (ROOT / ".ci/run").read_text().splitlines()[-1] == "exec make test"
+
+
+def test_errors_are_listed_with_their_status() -> None:
+    listed = dict(re.findall(r"^\| `([A-Z_]+)` \| ([A-Z_]+) \| [^|]+ \|$", PROTOCOL, re.MULTILINE))
+    import grpc
+
+    names = {code.value[0]: code.name for code in grpc.StatusCode}
+    assert listed == {code.name: names[to_status(BlockferryError(code, "x")).code] for code in Code}
+
+
+def test_the_example_client_works(tmp_path: Path) -> None:
+    (example,) = re.findall(r"^```python\n(.*?)^```$", PROTOCOL, re.MULTILINE | re.DOTALL)
+    with serving(tmp_path / "pool") as server:
+        port = server.address.rpartition(":")[2]
+        assert example.count("127.0.0.1:9870") == 1
+        done = subprocess.run(
+            [sys.executable, "-c", example.replace(":9870", f":{port}")],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines() == [
+            "generation 1",
+            "FAILED_PRECONDITION: STALE_EPOCH: run the sync again; it continues with what is already there",
+        ]
+        shown = blockferry("replica", "show", f"{server.address}/from-anywhere", state=tmp_path / "state").report
+    image = Path(shown["path"]).read_bytes()
+    assert image == bytes(4096) + b"hello".ljust((1 << 20) - 4096, b"\0")
