@@ -157,6 +157,36 @@ async def test_digests_taken_during_a_write_are_not_remembered(local: Local, mon
     assert after == digest(noise(2, 4096) + noise(1, REGION)[4096:], key)
 
 
+async def test_of_two_digests_at_once_each_hears_of_its_changes(local: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = (await local.open("v", SIZE)).session
+    await local.write(session, 0, noise(1, REGION))
+    await local.write(session, REGION, noise(1, REGION))
+    await local.abort(session)
+    # A session that goes on with what is there knows no digests.
+    session = (await local.open("v", SIZE)).session
+    read = ImageVolume._read_into
+    started = {0: threading.Event(), REGION: threading.Event()}
+    going = {0: threading.Event(), REGION: threading.Event()}
+
+    def held(volume: ImageVolume, offset: int, buffer: memoryview) -> None:
+        read(volume, offset, buffer)
+        started[offset].set()
+        assert going[offset].wait(60)
+
+    monkeypatch.setattr(ImageVolume, "_read_into", held)
+    first = asyncio.create_task(local.digests(session, [(0, 1)]))
+    await asyncio.to_thread(started[0].wait, 30)
+    second = asyncio.create_task(local.digests(session, [(1, 1)]))
+    await asyncio.to_thread(started[REGION].wait, 30)
+    going[REGION].set()
+    await second
+    await local.change(_partial(session, 0, noise(2, 4096)))
+    going[0].set()
+    await first
+    found, _ = await local.digests(session, [(0, 1)])
+    assert found == digest(noise(2, 4096) + noise(1, REGION)[4096:], local.replica("v").store.identity.key)
+
+
 async def test_a_map_taken_during_a_write_proves_nothing_about_it(
     local: Local, monkeypatch: pytest.MonkeyPatch
 ) -> None:

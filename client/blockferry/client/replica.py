@@ -19,7 +19,7 @@ from blockferry.common.flow import ByteBudget, RateLimiter
 from blockferry.common.framing import Outgoing, encode_request
 from blockferry.common.regions import AllocationMap, Run
 from blockferry.common.retention import Retention
-from blockferry.common.rpc import Connection
+from blockferry.common.rpc import Connection, from_status
 from blockferry.common.wire import PROTOCOL_VERSION, map_from_messages, retention_to_wire, runs_to_wire
 from blockferry.v1 import replication_pb2 as pb
 from pyroaring import BitMap
@@ -136,7 +136,7 @@ class ReplicaSession:
 
     async def abort(self) -> None:
         """End the session without a commit, as far as the server can still be reached."""
-        with contextlib.suppress(BlockferryError):
+        with contextlib.suppress(BlockferryError, TimeoutError):
             async with asyncio.timeout(5):
                 await self._connection.call(
                     "Replication/AbortSession", pb.AbortSessionRequest(session=self.ref), pb.AbortSessionResponse
@@ -180,19 +180,21 @@ class ChangeStream:
     async def __aexit__(self, kind: object, error: object, trace: object) -> None:
         assert self._acknowledging is not None
         assert self._beating is not None
-        # Not while it writes: gRPC ends the whole call when a write is cancelled.
-        async with self._writing:
-            self._beating.cancel()
-        if kind is None:
-            await self.send([], last=True)
-            with self._connection.translated():
-                await self._call.done_writing()
-            await self._acknowledging
-            if self._failure is not None:
-                raise self._failure
-        else:
+        try:
+            if kind is None:
+                # Not while it writes: gRPC ends the whole call when a write is cancelled.
+                async with self._writing:
+                    self._beating.cancel()
+                await self.send([], last=True)
+                with self._connection.translated():
+                    await self._call.done_writing()
+                await self._acknowledging
+                self._raise_failure()
+        finally:
+            # A write may be under way to a destination that stands still: it must not hold up the end.
             self._call.cancel()
-            await asyncio.gather(self._acknowledging, return_exceptions=True)
+            self._beating.cancel()
+            await asyncio.gather(self._acknowledging, self._beating, return_exceptions=True)
 
     @property
     def rate(self) -> int:
@@ -220,8 +222,8 @@ class ChangeStream:
                 self._settled.clear()
                 with self._connection.translated():
                     await self._call.write(encode_request(head, changes))
-        except asyncio.InvalidStateError:
-            # gRPC's answer to a write on a stream that the server has ended; the reason comes with the answers.
+        except (asyncio.InvalidStateError, BlockferryError):
+            # A write on a stream that the server has ended; the reason comes with the answers.
             await self._settled.wait()
             self._raise_failure()
             raise
@@ -274,6 +276,12 @@ class ChangeStream:
 
     def _take(self, response: pb.ApplyChangesResponse) -> None:
         self._heard = time.monotonic()
+        if response.error:
+            raise from_status(response.error) or BlockferryError(
+                Code.PROTOCOL,
+                "the server refuses the changes without saying why",
+                next="check that both sides run a released version of blockferry",
+            )
         self.durable = max(self.durable, response.durable)
         while self._unacknowledged and self._unacknowledged[0][0] <= response.received:
             self.budget.release(self._unacknowledged.popleft()[1])

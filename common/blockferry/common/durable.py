@@ -86,6 +86,7 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._broken = False
         self.records: list[dict[str, object]] = []
         created = not path.exists()
         self._fd = disk.create(path, os.O_RDWR | os.O_APPEND)
@@ -123,11 +124,23 @@ class Log:
             disk.fsync(self._fd)
 
     def append(self, record: dict[str, object]) -> None:
-        """Add a record durably. After a failure the log must be opened again before anything is believed."""
+        """Add a record durably, or not at all. After a failure the log must be opened again before anything is
+        believed."""
+        if self._broken:
+            raise OSError(errno.EIO, f"{self.path} could not be written before")
         body = msgspec.json.encode(record)
-        _write_all(self._fd, b"%08x %s\n" % (zlib.crc32(body), body))
-        disk.crash_point("log-before-fsync")
-        disk.fsync(self._fd)
+        end = os.fstat(self._fd).st_size
+        try:
+            _write_all(self._fd, b"%08x %s\n" % (zlib.crc32(body), body))
+            disk.crash_point("log-before-fsync")
+            disk.fsync(self._fd)
+        except OSError:
+            # It may be in the page cache and not on the disk: whoever reads it there must not believe it.
+            self._broken = True
+            disk.truncate(self._fd, end)
+            disk.fsync(self._fd)
+            self._broken = False
+            raise
         self.records.append(record)
 
     def close(self) -> None:

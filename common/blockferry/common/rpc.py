@@ -82,8 +82,10 @@ def message_class(descriptor: Any) -> type[Message]:
 # --- errors -----------------------------------------------------------------------------------------------------
 
 
-def to_status(error: BlockferryError) -> status_pb2.Status:
+def to_status(error: BlockferryError | OSError) -> status_pb2.Status:
     """Pack an error into google.rpc.Status with one ErrorInfo."""
+    if isinstance(error, OSError):
+        error = from_os_error(error, "the call failed")
     info = error_details_pb2.ErrorInfo(reason=error.code.name, domain=_DOMAIN)
     for name, value in error.fields().items():
         if value is not None and name != "code":
@@ -104,13 +106,14 @@ def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> BlockferryError
     for key, value in error.trailing_metadata() or ():
         if key == _DETAILS_KEY:
             answered = True
-            found = _unpack(value if isinstance(value, bytes) else value.encode())
+            found = from_status(value if isinstance(value, bytes) else value.encode())
             if found is not None:
                 return found
     details = error.details() or error.code().name
     code = error.code()
     if code is grpc.StatusCode.INTERNAL and not answered:
-        # What gRPC makes of a peer that died in the middle of a message; a server of ours sends details with INTERNAL.
+        # What gRPC makes of a peer that died in the middle of a message, or of a write on a stream that has just ended;
+        # a server of ours sends details with INTERNAL.
         code = grpc.StatusCode.UNAVAILABLE
     match code:
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED | grpc.StatusCode.UNKNOWN:
@@ -129,7 +132,8 @@ def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> BlockferryError
             return BlockferryError(Code.INTERNAL, f"{address} failed", cause=details, next="look at the server's log")
 
 
-def _unpack(data: bytes) -> BlockferryError | None:
+def from_status(data: bytes) -> BlockferryError | None:
+    """Unpack what `to_status` packed, or None where it is something else."""
     try:
         status = status_pb2.Status.FromString(data)
         infos = [_error_info(detail) for detail in status.details]

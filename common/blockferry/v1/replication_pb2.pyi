@@ -239,16 +239,18 @@ class ApplyChangesRequest(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., session: _Optional[_Union[SessionRef, _Mapping]] = ..., changes: _Optional[_Iterable[_Union[Change, _Mapping]]] = ..., flush: bool = ..., settled: _Optional[_Iterable[_Union[Run, _Mapping]]] = ..., last: bool = ...) -> None: ...
 
 class ApplyChangesResponse(_message.Message):
-    __slots__ = ("received", "durable", "totals", "mismatched_offsets")
+    __slots__ = ("received", "durable", "totals", "mismatched_offsets", "error")
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
     DURABLE_FIELD_NUMBER: _ClassVar[int]
     TOTALS_FIELD_NUMBER: _ClassVar[int]
     MISMATCHED_OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
     received: int
     durable: int
     totals: ChangeResult
     mismatched_offsets: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, received: _Optional[int] = ..., durable: _Optional[int] = ..., totals: _Optional[_Union[ChangeResult, _Mapping]] = ..., mismatched_offsets: _Optional[_Iterable[int]] = ...) -> None: ...
+    error: bytes
+    def __init__(self, received: _Optional[int] = ..., durable: _Optional[int] = ..., totals: _Optional[_Union[ChangeResult, _Mapping]] = ..., mismatched_offsets: _Optional[_Iterable[int]] = ..., error: _Optional[bytes] = ...) -> None: ...
 
 class Retention(_message.Message):
     __slots__ = ("last", "hourly", "daily", "weekly", "monthly", "yearly")

@@ -12,11 +12,13 @@ for what was applied before it began.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import ByteBudget
 from blockferry.common.framing import Incoming, decode_request
+from blockferry.common.rpc import to_status
 from blockferry.common.wire import runs_from_wire
 from blockferry.server.apply import Result
 from blockferry.server.replica import Replica
@@ -25,6 +27,9 @@ from blockferry.v1 import replication_pb2 as pb
 CHECKPOINT_BYTES = 256 * 1024 * 1024
 """Bytes applied until they are made durable: an interrupted sync repeats no more than this, and no commit waits for a
 whole disk's worth of dirty pages."""
+
+PARTING_SECONDS = 5.0
+"""Seconds a client has to end a stream that has failed, once it was told."""
 
 CHECKPOINT_SECONDS = 5.0
 """Seconds after which applied changes are made durable however few they are."""
@@ -45,6 +50,7 @@ class ChangeReceiver:
         self._durable = 0
         self._unflushed = 0
         self._expected = 1
+        self._dropping = False
         self.ended_well = False
         """The sender said that nothing follows. A lost connection may look just like the end of its requests."""
 
@@ -72,14 +78,26 @@ class ChangeReceiver:
                     self._wake.set()
                 elif work.done():
                     return
+        except (BlockferryError, OSError) as error:
+            await self._stop(work, flush)
+            yield pb.ApplyChangesResponse(error=to_status(error).SerializeToString())
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PARTING_SECONDS):
+                    await asyncio.gather(receive, return_exceptions=True)
+            raise
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            while not self._queue.empty():
-                item = self._queue.get_nowait()
-                if item is not None:
-                    self._budget.release(len(item))
+            await self._stop(*tasks)
+
+    async def _stop(self, *tasks: asyncio.Task[None]) -> None:
+        """End tasks; what has arrived and what still arrives is dropped."""
+        self._dropping = True
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        while not self._queue.empty():
+            item = self._queue.get_nowait()
+            if item is not None:
+                self._budget.release(len(item))
 
     async def _receive(self, first: bytes, requests: AsyncIterator[bytes]) -> None:
         await self._take(first)
@@ -89,7 +107,10 @@ class ChangeReceiver:
 
     async def _take(self, message: bytes) -> None:
         await self._budget.acquire(len(message))
-        self._queue.put_nowait(message)
+        if self._dropping:
+            self._budget.release(len(message))
+        else:
+            self._queue.put_nowait(message)
 
     async def _apply(self) -> None:
         while (message := await self._queue.get()) is not None:

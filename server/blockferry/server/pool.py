@@ -72,9 +72,9 @@ class Pool:
             elif entry.is_dir() and not entry.name.startswith("."):
                 try:
                     store = Store(entry, clones=self.clones)
-                except BlockferryError as error:
+                except (OSError, BlockferryError) as error:
                     # One damaged replica must not take the others down with it.
-                    log.error("replica left out", volume=entry.name, error=error.line())
+                    log.error("replica left out", volume=entry.name, error=str(error))
                     continue
                 self._replicas[entry.name] = Replica(entry.name, self.name, store, self._lease, self._floor)
 

@@ -456,8 +456,14 @@ class Replica:
                 await in_thread(self.store.discard_work)
 
     def _reopen(self) -> None:
+        try:
+            store = Store(self.store.directory, clones=self.store.clones)
+        except (OSError, BlockferryError) as error:
+            # What was believed so far is all there is to go by; whatever needs the disk will fail again.
+            log.error("cannot read a replica back", volume=self.name, error=str(error))
+            return
         self.store.abandon()
-        self.store = Store(self.store.directory, clones=self.store.clones)
+        self.store = store
 
     async def close(self) -> None:
         """End whatever is open; work done so far stays for the next session."""

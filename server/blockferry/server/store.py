@@ -171,7 +171,7 @@ class Store:
             version = msgspec.json.decode(content, type=_Version)
             if version.format <= FORMAT:
                 return msgspec.json.decode(content, type=Identity)
-        except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
+        except (FileNotFoundError, UnicodeDecodeError, msgspec.MsgspecError) as error:
             raise _corrupt(path, str(error)) from error
         raise BlockferryError(
             Code.UNSUPPORTED,
@@ -186,7 +186,7 @@ class Store:
             return msgspec.json.decode(path.read_bytes(), type=SessionRecord)
         except FileNotFoundError:
             return SessionRecord()
-        except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
+        except (UnicodeDecodeError, msgspec.MsgspecError) as error:
             # Going on with a lower epoch could let a fenced writer back in.
             raise _corrupt(path, str(error)) from error
 
@@ -396,6 +396,14 @@ class Store:
         if not self.overwritten:
             disk.unlink(self.work)
             disk.crash_point("discard-removed")
+            return
+        # A write that failed may be gone from the disk and still be in memory, where the next session would compare it.
+        with contextlib.suppress(FileNotFoundError):
+            fd = os.open(self.work, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
 
     def set_keep(self, keep: Retention) -> None:
         """Remember how the source wants its points kept."""
