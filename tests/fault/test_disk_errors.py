@@ -30,7 +30,7 @@ from tests.fault.faults import Injected
 from tests.fault.local import Local
 from tests.fault.raw import REGION, change_message, write_request
 from tests.images import KIB, MIB, build, change, noise
-from tests.support import PROGRAMS, Finished, Server, finish, ok, refused, run_cli
+from tests.support import PROGRAMS, Finished, Server, refused, run_cli
 
 SIZE = 8 * REGION
 NAME = "v"
@@ -487,22 +487,3 @@ def test_the_client_survives_its_disk(
     assert server.image(NAME).read_bytes() == first
     assert server.sync(source, NAME)["generation"] == 2
     assert server.image(NAME).read_bytes() == source.read_bytes()
-
-
-def test_a_source_that_becomes_shorter_is_said_to_have_changed(start_server: ServerFactory, tmp_path: Path) -> None:
-    server = start_server()
-    source = build(tmp_path / "source", 64 * MIB, [(0, noise(1, 64 * MIB))])
-    syncing = subprocess.Popen(
-        [PROGRAMS / "blockferry", "sync", source, server.url(NAME), "--quiet", "--bwlimit", "8M"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        while not (server.pool / NAME / "work.img").exists():
-            assert syncing.poll() is None
-        os.truncate(source, 8 * MIB)
-        refused(finish(syncing), "source", "stop whatever changes it, or sync from a snapshot")
-    finally:
-        syncing.kill()
-        syncing.wait()
-    assert server.show(NAME)["generation"] == 0
-    assert ok("replica", "points", server.url(NAME))["points"] == []

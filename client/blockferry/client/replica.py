@@ -127,8 +127,16 @@ class ReplicaSession:
             try:
                 response = await self._connection.call("Replication/CommitSessions", request, pb.CommitSessionsResponse)
             except BlockferryError as error:
-                if error.code is not Code.UNAVAILABLE or pause is None:
+                if error.code is not Code.UNAVAILABLE:
                     raise
+                if pause is None:
+                    raise BlockferryError(
+                        Code.UNAVAILABLE,
+                        f"no answer to the commit from {self._connection.address.uri}",
+                        cause="the server went away; it may have committed or not",
+                        next="check that blockferry-server runs there, then run this again: either way it goes on "
+                        "from there",
+                    ) from error
                 await asyncio.sleep(pause)
             else:
                 return response.commits[0]
