@@ -319,6 +319,11 @@ class Replica:
         self, requests: Sequence[tuple[pb.WriteRegionRequest, memoryview]], ref: pb.SessionRef
     ) -> list[apply.Result]:
         """Check and apply changes of different regions, each with its data."""
+        return await self._to_the_end(self._write_regions(requests, ref))
+
+    async def _write_regions(
+        self, requests: Sequence[tuple[pb.WriteRegionRequest, memoryview]], ref: pb.SessionRef
+    ) -> list[apply.Result]:
         async with self._using(ref) as session, session.applying:
             for request, data in requests:
                 apply.check_write(self.name, session.geometry, request, len(data))
@@ -347,6 +352,9 @@ class Replica:
 
     async def unmap_region(self, request: pb.UnmapRegionRequest, ref: pb.SessionRef) -> apply.Result:
         """Check and apply one change."""
+        return await self._to_the_end(self._unmap_region(request, ref))
+
+    async def _unmap_region(self, request: pb.UnmapRegionRequest, ref: pb.SessionRef) -> apply.Result:
         async with self._using(ref) as session, session.applying:
             apply.check_unmap(self.name, session.geometry, request)
             first = request.offset // session.geometry.region_size
