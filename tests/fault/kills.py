@@ -22,8 +22,7 @@ KILLS_PER_POOL = 50
 KILLS_PER_VOLUME = 4
 """Every so often a replica is new, and its first sync is what is killed."""
 
-CLIENT_START_SECONDS = 0.3
-"""A client process is not at work before that."""
+POLL_SECONDS = 0.002
 
 
 @dataclass
@@ -63,13 +62,12 @@ async def campaign(make_stage: Callable[[], Stage], seed: int, kills: int) -> Ca
         kind = "update" if stage.contents else "first"
         before = stage.newest
         stage.change_source()
-        began = time.monotonic()
         delay = rng.uniform(0, durations[victim])
-        hit = await (_kill_server(stage, delay) if victim == "server" else _kill_client(stage, delay))
-        if not hit:
+        took = await (_kill_server(stage, delay) if victim == "server" else _kill_client(stage, delay))
+        if took is not None:
             done.missed += 1
             # What a sync takes here and now: kills are spread over all of it.
-            durations[victim] = 0.5 * durations[victim] + 0.5 * (time.monotonic() - began - _start(victim))
+            durations[victim] = 0.5 * durations[victim] + 0.5 * took
             continue
         await stage.verify()
         done.kills[victim, kind, "committed" if stage.newest > before else "not committed"] += 1
@@ -79,19 +77,18 @@ async def campaign(make_stage: Callable[[], Stage], seed: int, kills: int) -> Ca
     return done
 
 
-def _start(victim: str) -> float:
-    return CLIENT_START_SECONDS if victim == "client" else 0.0
-
-
-async def _kill_server(stage: Stage, delay: float) -> bool:
-    """Kill the server `delay` seconds into a sync; the next one starts at once. Whether that hit."""
+async def _kill_server(stage: Stage, delay: float) -> float | None:
+    """Kill the server `delay` seconds into a sync; the next one starts at once. The seconds the sync took if it was over
+    before."""
+    began = time.monotonic()
     killer = asyncio.create_task(_later(stage, delay))
     death = await stage.survive(stage.sync())
+    took = time.monotonic() - began
     killer.cancel()
     if death is None:
-        return False
+        return took
     assert death.status == KILLED
-    return True
+    return None
 
 
 async def _later(stage: Stage, delay: float) -> None:
@@ -99,17 +96,24 @@ async def _later(stage: Stage, delay: float) -> None:
     stage.server.shoot()
 
 
-async def _kill_client(stage: Stage, delay: float) -> bool:
-    """Kill a client `delay` seconds after it got to work. Whether that hit."""
+async def _kill_client(stage: Stage, delay: float) -> float | None:
+    """Kill a client `delay` seconds after it has its session, however long this machine takes to start one. The seconds
+    it went on if it was over before."""
+    before = stage.session_mark()
     client = stage.start_client()
-    await asyncio.sleep(CLIENT_START_SECONDS + delay)
+    while client.poll() is None and stage.session_mark() == before:
+        await asyncio.sleep(POLL_SECONDS)
+    began = time.monotonic()
+    while client.poll() is None and time.monotonic() - began < delay:
+        await asyncio.sleep(POLL_SECONDS)
+    took = time.monotonic() - began
     client.kill()
     done = await asyncio.to_thread(finish, client)
     if done.status == KILLED:
-        return True
+        return None
     assert done.status == 0, done.stderr
     stage.answered(json.loads(done.stdout))
-    return False
+    return took
 
 
 async def _next_sync(stage: Stage) -> None:

@@ -143,6 +143,13 @@ class Stage:
         """The number of the newest generation known to be committed; 0 for none."""
         return max(self.contents, default=0)
 
+    def session_mark(self) -> int:
+        """Another number whenever a session was opened or ended."""
+        try:
+            return (self.directory / "session.json").stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
     def change_source(self) -> None:
         """Give the source other content."""
         build(self.source, self.size, picture(next(self._generations), self.size // REGION))
