@@ -129,7 +129,9 @@ class Stage:
         self.source = scratch / f"{self.volume}.img"
         self.state = scratch / f"{self.volume}-state"
         self.contents: dict[int, bytes] = {}
-        self.attempted = b""
+        self.former = self.attempted = b""
+        self.in_doubt = False
+        """A client died, and its commit may still be on its way."""
         self.overwriting = False
         self._generations = itertools.count(1)
 
@@ -153,7 +155,7 @@ class Stage:
     def change_source(self) -> None:
         """Give the source other content."""
         build(self.source, self.size, picture(next(self._generations), self.size // REGION))
-        self.attempted = self.source.read_bytes()
+        self.former, self.attempted = self.attempted, self.source.read_bytes()
         self.overwriting = not self.clones and bool(self.contents)
 
     @property
@@ -197,6 +199,9 @@ class Stage:
 
     def answered(self, report: Report) -> None:
         """A client has been told that its commit happened."""
+        if self.in_doubt and report["generation"] == self.newest + 2:
+            self.contents[self.newest + 1] = self.former
+        self.in_doubt = False
         assert report["generation"] == self.newest + 1
         self.contents[self.newest + 1] = self.attempted
 
@@ -299,6 +304,7 @@ class Stage:
         if max(points, default=0) == self.newest + 1:
             # It was committed, and its client does not know yet.
             self.contents[self.newest + 1] = self.attempted
+        self.in_doubt = False
         expected = set(range(max(self.newest - KEEP + 1, 1), self.newest + 1))
         if not self.clones:
             # Without clones there is one generation at most, and none while it is being replaced.

@@ -33,6 +33,7 @@ class Pool:
         self._floor = floor
         self._replicas: dict[str, Replica] = {}
         self._creating = asyncio.Lock()
+        self._unfinished: set[asyncio.Task[Replica]] = set()
         self._lock_fd = -1
         self.clones = False
 
@@ -97,23 +98,38 @@ class Pool:
 
     async def get_or_create(self, name: str, region_size: int) -> Replica:
         """The replica with this name, made if need be (`region_size` 0: the default)."""
-        check_volume_name(name)
+        known = self._replicas.get(check_volume_name(name))
+        if known is not None:
+            return known
+        wanted = check_region_size(region_size or DEFAULT_REGION_SIZE)
+        # To its end even if the client goes away: the directory would be there, and nobody would know the replica.
+        making = asyncio.create_task(self._make(name, wanted))
+        self._unfinished.add(making)
+        making.add_done_callback(self._unfinished.discard)
+        making.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(making)
+
+    async def _make(self, name: str, region_size: int) -> Replica:
         async with self._creating:
             if name not in self._replicas:
-                wanted = check_region_size(region_size or DEFAULT_REGION_SIZE)
                 directory = self.path / name
-                if directory.exists():
-                    raise BlockferryError(
-                        Code.CORRUPT_STATE,
-                        f"{name} cannot be used",
-                        cause="its directory exists and was left out when the server started",
-                        next="look at the server's log; move the directory away or repair it",
-                        volume=name,
-                    )
                 try:
-                    store = await in_thread(Store.create, directory, wanted, clones=self.clones)
+                    if directory.exists():
+                        # Left out when the server started, or made by an attempt that failed at its very end.
+                        store = await in_thread(Store, directory, clones=self.clones)
+                    else:
+                        store = await in_thread(Store.create, directory, region_size, clones=self.clones)
                 except OSError as error:
                     raise from_os_error(error, f"cannot create {name} in pool {self.name}", volume=name) from error
+                except BlockferryError as error:
+                    log.error("replica left out", volume=name, error=str(error))
+                    raise BlockferryError(
+                        error.code,
+                        f"{name} cannot be used",
+                        cause="what lies in its directory is not usable",
+                        next="look at the server's log; move the directory away or repair it",
+                        volume=name,
+                    ) from error
                 self._replicas[name] = Replica(name, self.name, store, self._lease, self._floor)
             return self._replicas[name]
 
@@ -125,6 +141,7 @@ class Pool:
 
     async def close(self) -> None:
         """End all sessions and unlock the directory."""
+        await asyncio.gather(*self._unfinished, return_exceptions=True)
         for replica in self._replicas.values():
             await replica.close()
         os.close(self._lock_fd)

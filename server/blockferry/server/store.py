@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import time
 import uuid
 from dataclasses import dataclass
@@ -137,11 +138,15 @@ class Store:
         """Make a new, empty replica. It appears under its name whole or not at all."""
         new = directory.with_name(f"{NEW_PREFIX}{uuid.uuid4().hex}")
         disk.make_directory(new)
-        Log(new / _LOG).close()
-        identity = Identity(FORMAT, uuid.uuid4().hex, region_size, secrets.token_hex(KEY_SIZE), _now_us())
-        write_atomic(new / _IDENTITY, msgspec.json.encode(identity))
-        disk.crash_point("create-before-rename")
-        disk.rename(new, directory)
+        try:
+            Log(new / _LOG).close()
+            identity = Identity(FORMAT, uuid.uuid4().hex, region_size, secrets.token_hex(KEY_SIZE), _now_us())
+            write_atomic(new / _IDENTITY, msgspec.json.encode(identity))
+            disk.crash_point("create-before-rename")
+            disk.rename(new, directory)
+        except OSError:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
         disk.crash_point("create-renamed")
         return cls(directory, clones=clones)
 
