@@ -134,24 +134,29 @@ class ZeroingLadder:
     def __init__(self, first: Zeroing = Zeroing.PUNCH_HOLE) -> None:
         self.method = first
 
-    def zero(self, fd: int, offset: int, length: int, size: int) -> None:
+    def zero(self, fd: int, offset: int, length: int, size: int, *, write: bool = True) -> bool:
         """Zero [offset, offset + length) of a file of `size` bytes; never changes the size.
 
         A hole that reaches the end of the file is punched past the end (KEEP_SIZE): otherwise the last partial page
-        stays allocated for ever.
+        stays allocated for ever. Without `write` it stops before zeros would be written out, with nothing changed, and
+        returns False: which step works is known only by trying, and whoever may not rewrite equal bytes has to compare
+        before that one.
         """
         if self.method is Zeroing.PUNCH_HOLE:
             reach = length + 2 * os.sysconf("SC_PAGESIZE") if offset + length >= size else length
             if self._try(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, reach):
-                return
+                return True
             self.method = Zeroing.ZERO_RANGE
         if self.method is Zeroing.ZERO_RANGE:
             if self._try(fd, _FALLOC_FL_ZERO_RANGE | _FALLOC_FL_KEEP_SIZE, offset, length):
-                return
+                return True
             self.method = Zeroing.WRITE
+        if not write:
+            return False
         end = offset + length
         while offset < end:
             offset += disk.pwrite(fd, memoryview(_ZERO_CHUNK)[: end - offset], offset)
+        return True
 
     @staticmethod
     def _try(fd: int, mode: int, offset: int, length: int) -> bool:
