@@ -115,6 +115,35 @@ def test_what_a_point_alone_holds(server: Server, volume: str, source: Path) -> 
         assert point["commit_id"] in point["path"]
 
 
+def test_a_point_whose_image_is_missing_is_listed_as_that(server: Server, volume: str, source: Path) -> None:
+    server.sync(source, volume, "--keep", "last=3")
+    for number in (2, 3):
+        change(source, [(number * MIB, noise(number, MIB))])
+        server.sync(source, volume)
+    before = points(server, volume)
+    assert [point["problem"] for point in before] == [None] * 3
+    Path(before[1]["path"]).unlink()
+
+    # What the missing one shared with a neighbour is that neighbour's alone now, as soon as XFS has got round to it.
+    expected = [
+        {**before[0], "bytes_held": 2 * MIB},
+        {**before[1], "bytes_held": None, "problem": "its image is missing"},
+        {**before[2], "bytes_held": 2 * MIB},
+    ]
+    until(lambda: points(server, volume) == expected, f"the points are {expected}")
+    words = run_cli("replica", "points", server.url(volume))
+    lines = words.stdout.splitlines()
+    assert words.status == 0 and [line.split()[0] for line in lines] == ["NUMBER", "3", "2", "1", "generation"]
+    assert "unknown" in lines[2]
+    assert lines[4] == f"generation 2: its image is missing ({before[1]['path']})"
+
+    # The others go on, and retention gives it up like any other.
+    for left in ([4, 3, 2], [5, 4, 3]):
+        server.sync(source, volume)
+        assert numbers(server, volume) == left
+    assert [point["problem"] for point in points(server, volume)] == [None] * 3
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 

@@ -258,7 +258,7 @@ async def _replica_points(arguments: argparse.Namespace, console: Console) -> in
             _time(point.committed_at_us) or "",
             _age(point.committed_at_us),
             human_bytes(point.size),
-            human_bytes(point.bytes_held),
+            "unknown" if point.problem else human_bytes(point.bytes_held),
             ", ".join(point.kept_by) or "nothing: goes with the next commit",
             point.commit_id.hex(),
         )
@@ -273,14 +273,17 @@ async def _replica_points(arguments: argparse.Namespace, console: Console) -> in
                 "commit_id": point.commit_id.hex(),
                 "committed_at": _time(point.committed_at_us),
                 "size": point.size,
-                "bytes_held": point.bytes_held,
+                "bytes_held": None if point.problem else point.bytes_held,
                 "path": point.path,
                 "kept_by": list(point.kept_by),
+                "problem": point.problem or None,
             }
             for point in response.points
         ],
     }
-    console.result(report, table(rows) if response.points else [f"{volume} has no recovery points yet"])
+    lines = table(rows) if response.points else [f"{volume} has no recovery points yet"]
+    lines += [f"generation {one.number}: {one.problem} ({one.path})" for one in response.points if one.problem]
+    console.result(report, lines)
     return 0
 
 
