@@ -287,6 +287,10 @@ def test_a_standard_descriptor_that_is_closed_is_no_reason_to_abort(images: Path
     done = subprocess.run(words, capture_output=True, text=True, cwd=images)
     assert done.returncode == (1 if number == 1 else 0)
     assert (json.loads(done.stdout)["uri"] == "a.img") if number != 1 else not done.stdout
+    # What belongs to stderr never comes out of stdout.
+    missing = subprocess.run([*words, "--region-size"], capture_output=True, text=True, cwd=images)
+    assert missing.returncode == 2
+    assert list(json.loads(missing.stdout)) == ["error"] if number != 1 else not missing.stdout
 
 
 @pytest.mark.parametrize("stdout", ["/dev/full", "/dev/null"])

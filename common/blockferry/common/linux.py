@@ -14,6 +14,7 @@ import fcntl
 import os
 import signal
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,20 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
         mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
+
+
+def occupy_standard_descriptors() -> None:
+    """To be called before anything else is opened: whoever started this process may have closed stdin, stdout or
+    stderr, and the event loop aborts the process when one of its own descriptors has such a number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number is this one.
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        # What is meant for it would go to stdout: that is what print() makes of None.
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def reflink(source_fd: int, target_fd: int) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
-import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -175,20 +174,9 @@ async def _run(command: Command, arguments: argparse.Namespace, console: Console
         raise from_os_error(error, f"{arguments.command} failed") from error
 
 
-def _occupy_standard_descriptors() -> None:
-    """Whoever starts us may have closed stdin, stdout or stderr: the event loop aborts the process if one of its own
-    descriptors has such a number."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            # The lowest free number is this one.
-            os.open(os.devnull, os.O_RDWR)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
-    _occupy_standard_descriptors()
+    linux.occupy_standard_descriptors()
     console = Console(json=False, quiet=False)
     try:
         arguments = build_parser().parse_args(argv)
