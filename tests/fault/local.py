@@ -173,12 +173,14 @@ class Stall:
 
 
 @contextlib.contextmanager
-def stalled(monkeypatch: pytest.MonkeyPatch, name: str) -> Any:
-    """Hold up the next call of `disk.name`."""
+def stalled(monkeypatch: pytest.MonkeyPatch, name: str, *, once: bool = False) -> Any:
+    """Hold up the next call of `disk.name`, and every one after it unless `once`."""
     stall = Stall()
     real: Callable[..., Any] = getattr(disk, name)
 
     def held(*args: Any) -> Any:
+        if once and stall.reached.is_set():
+            return real(*args)
         stall.reached.set()
         assert stall.going.wait(60), "nobody let the disk go on"
         return real(*args)

@@ -200,6 +200,18 @@ def test_bad_digest_requests(driven: Driven, piece_size: int, pieces: list[tuple
     assert (refusal.status, refusal.reason) == INVALID
 
 
+@pytest.mark.parametrize("size", [1, 16, 31, 33, 64])
+@pytest.mark.parametrize("target", ["session", "point"])
+def test_a_digest_key_of_another_size(driven: Driven, target: str, size: int) -> None:
+    if target == "point":
+        driven.commit()
+    of = {"session": driven.session} if target == "session" else {"point": {"volume": driven.volume}}
+    request = {**of, "piece_size": MIB, "pieces": [{"first": 0, "count": 1}], "key": bytes(size)}
+    refusal = driven.client.refusal(f"{PACKAGE}.Replication/GetRegionDigests", request)
+    assert (refusal.status, refusal.reason) == INVALID
+    assert refusal.fields["cause"] == "a key has 32 bytes"
+
+
 @pytest.mark.parametrize(("offset", "length"), [(0, 0), (0, 1 << 63), (SIZE, 1), (SIZE - 1, 2), (TOP, TOP), (1, TOP)])
 def test_bad_reads(driven: Driven, offset: int, length: int) -> None:
     driven.commit()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 
 from tests.conftest import ServerFactory
 from tests.images import BLOCK, KIB, MIB, Hole, Zeros, build, change, noise
-from tests.support import Server, ok, refused, refused_json, run_cli, tree
+from tests.support import Server, ok, refused, refused_json, run_cli, tree, until
 
 
 @pytest.fixture
@@ -330,3 +333,29 @@ def test_a_server_that_is_told_to_stop_keeps_everything(start_server: ServerFact
     assert server.show("kept")["commit_id"] == report["commit_id"]
     assert server.image("kept").read_bytes() == source.read_bytes()
     assert server.sync(source, "kept")["bytes"]["data_sent"] == 0
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_server_whose_starter_closed_a_standard_descriptor_serves_and_ends_cleanly(
+    tmp_path: Path, source: Path, number: int
+) -> None:
+    """The event loop aborts a process in which one of its own descriptors took such a number."""
+    (tmp_path / "pool").mkdir()
+    # Where nothing is read from stdout the address must be known; the name of a socket must not be long.
+    directory = tempfile.mkdtemp()
+    socket = Path(directory, "socket")
+    words = Server(tmp_path / "pool", listen=f"grpc+unix://{socket}").words
+    process = subprocess.Popen(
+        ["sh", "-c", f'exec "$@" {number}>&-', "sh", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        until(socket.exists, "the server listens")
+        assert ok("sync", source, f"grpc+unix://{socket}?volume=v")["generation"] == 1
+        process.terminate()
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(directory)
+    assert (process.returncode, b"Assertion" in stderr) == (0, False)
+    assert stdout.startswith(b"listening on") is (number != 1)

@@ -83,6 +83,26 @@ def test_digests_of_small_pieces(driven: Driven, piece_size: int) -> None:
     assert b"".join(answer.digests for answer in answers) == b"".join(wanted)
 
 
+OTHER_KEY = bytes(range(32))
+
+
+@pytest.mark.parametrize("piece_size", [4 * KIB, 64 * KIB, MIB])
+@pytest.mark.parametrize("key", ["own", "other"])
+def test_digests_of_a_session_under_a_key_of_the_clients(driven: Driven, piece_size: int, key: str) -> None:
+    """Known digests answer for the replica's own key alone, and those of another key are never remembered."""
+    data = noise("keyed", MIB)
+    driven.write(0, data)
+    size, count = (16 if piece_size == MIB else 8), MIB // piece_size
+    asked = {"session": driven.session, "piece_size": piece_size, "pieces": [{"first": 0, "count": count}]}
+    own = driven.opened.digest_key
+    for used, given in ((own if key == "own" else OTHER_KEY,) * 2, (own, b"")):
+        answers = driven.replication("GetRegionDigests", {**asked, "key": given})
+        wanted = [blake3(data[at : at + piece_size], key=used).digest(size) for at in range(0, MIB, piece_size)]
+        assert b"".join(answer.digests for answer in answers) == b"".join(wanted)
+        known = piece_size == MIB and used == own
+        assert sum(answer.bytes_read for answer in answers) == (0 if known else MIB)
+
+
 def test_the_same_changes_have_the_same_effect_unary_and_in_bulk(
     generic: Reflected, server: Server, volume: str
 ) -> None:

@@ -115,6 +115,35 @@ def test_what_a_point_alone_holds(server: Server, volume: str, source: Path) -> 
         assert point["commit_id"] in point["path"]
 
 
+def test_a_point_whose_image_is_missing_is_listed_as_that(server: Server, volume: str, source: Path) -> None:
+    server.sync(source, volume, "--keep", "last=3")
+    for number in (2, 3):
+        change(source, [(number * MIB, noise(number, MIB))])
+        server.sync(source, volume)
+    before = points(server, volume)
+    assert [point["problem"] for point in before] == [None] * 3
+    Path(before[1]["path"]).unlink()
+
+    # What the missing one shared with a neighbour is that neighbour's alone now, as soon as XFS has got round to it.
+    expected = [
+        {**before[0], "bytes_held": 2 * MIB},
+        {**before[1], "bytes_held": None, "problem": "its image is missing"},
+        {**before[2], "bytes_held": 2 * MIB},
+    ]
+    until(lambda: points(server, volume) == expected, f"the points are {expected}")
+    words = run_cli("replica", "points", server.url(volume))
+    lines = words.stdout.splitlines()
+    assert words.status == 0 and [line.split()[0] for line in lines] == ["NUMBER", "3", "2", "1", "generation"]
+    assert "unknown" in lines[2]
+    assert lines[4] == f"generation 2: its image is missing ({before[1]['path']})"
+
+    # The others go on, and retention gives it up like any other.
+    for left in ([4, 3, 2], [5, 4, 3]):
+        server.sync(source, volume)
+        assert numbers(server, volume) == left
+    assert [point["problem"] for point in points(server, volume)] == [None] * 3
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -284,7 +313,7 @@ def test_rot_is_found_by_range_and_repaired(server: Server, volume: str, tmp_pat
     source = build(tmp_path / "odd", size, [(0, noise(1, size)), (4 * MIB, Hole(MIB))])
     server.sync(source, volume)
     sound = ok("replica", "verify", server.url(volume))
-    assert sound["outcome"] == "sound" and sound["ranges"] == []
+    assert (sound["outcome"], sound["ranges"], sound["next"]) == ("sound", [], None)
     assert sound["bytes"] == {"checked": size - MIB, "rotten": 0, "unrecorded": 0}
 
     _flip(server.image(volume), 0, MIB - 1, 2 * MIB, 3 * MIB + 77, size - 1)
@@ -299,15 +328,27 @@ def test_rot_is_found_by_range_and_repaired(server: Server, volume: str, tmp_pat
     assert done.report["bytes"] == {"checked": size - MIB, "rotten": size - 4 * MIB, "unrecorded": 0}
     words = run_cli("replica", "verify", server.url(volume))
     assert words.status == 3 and f"rotten at {2 * MIB}, {2 * MIB} bytes" in words.stdout
-    assert "sync again to repair it" in words.stdout
+    assert "sync again to repair it" in words.stdout and words.stdout.splitlines()[-1][2:] == done.report["next"]
+    # The newest one by its number is the newest one all the same.
+    assert (
+        run_cli("replica", "verify", f"{server.url(volume)}@1").stdout.splitlines()[1:]
+        == (words.stdout.splitlines()[1:])
+    )
 
     report = server.sync(source, volume)
     assert (report["generation"], report["results"]["changed"]) == (2, 4)
     assert report["bytes"]["destination_written"] == 4 * 4 * KIB + (size - size // (4 * KIB) * 4 * KIB)
     assert server.image(volume).read_bytes() == source.read_bytes()
     assert ok("replica", "verify", server.url(volume))["outcome"] == "sound"
-    # The older one stays what it became, and says so.
-    assert run_cli("replica", "verify", f"{server.url(volume)}@1").status == 3
+    # The older one stays what it became, and says so; no sync can change it, and none is recommended.
+    older = run_cli("replica", "verify", f"{server.url(volume)}@1")
+    assert older.status == 3 and "sync again" not in older.stdout
+    advice = older.stdout.splitlines()[-1]
+    assert advice.startswith("  no sync repairs generation 1: ") and "replica points" in advice
+    server.sync(source, volume)
+    again = run_cli("replica", "verify", f"{server.url(volume)}@1", "--json", "--quiet")
+    assert (again.status, again.report["next"]) == (3, advice[2:])
+    assert again.report["ranges"] == done.report["ranges"]
 
 
 def test_rot_that_left_no_trace_is_found_by_verify_and_then_repaired(server: Server, volume: str, source: Path) -> None:

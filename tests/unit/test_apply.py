@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
-from blockferry.common.digests import digest
+from blockferry.common import disk, linux
+from blockferry.common.digests import Data, digest
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.regions import BLOCK_SIZE, Geometry
+from blockferry.common.volumes import ImageVolume, Volume
 from blockferry.server import apply
 from blockferry.v1 import replication_pb2 as pb
 from hypothesis import given
@@ -50,7 +54,7 @@ def check(request: pb.WriteRegionRequest) -> None:
     apply.check_write("db", GEOMETRY, request, len(request.data))
 
 
-async def write(volume: MemoryVolume, request: pb.WriteRegionRequest, *, was_zero: bool = False) -> apply.Result:
+async def write(volume: Volume, request: pb.WriteRegionRequest, *, was_zero: bool = False) -> apply.Result:
     change = apply.Write(request, memoryview(request.data), was_zero)
     await apply.write_regions(volume, KEY, [change])
     return change.result
@@ -410,6 +414,47 @@ async def test_zeros_of_a_write_compare_first_where_they_must_be_written() -> No
     result = await write(volume, write_request(zeros=[(0, 4 * B)]))
     assert result == apply.Result(unmapped=2 * B, read=4 * B)
     assert volume.operations == [("read", 0, 4 * B), ("unmap", 0, B), ("unmap", 3 * B, B)]
+
+
+@pytest.mark.parametrize("bulk", [False, True], ids=["unmap", "zeros of a write"])
+async def test_the_first_unmap_of_a_disk_that_cannot_deallocate_leaves_zeros_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bulk: bool
+) -> None:
+    """Which way of zeroing works shows only when the first one is asked for: even that one compares before it writes
+    (invariant 6)."""
+
+    def refuse(fd: int, mode: int, offset: int, length: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "injected")
+
+    written: list[tuple[int, int]] = []
+    real = disk.pwrite
+
+    def pwrite(fd: int, data: Data, offset: int) -> int:
+        written.append((offset, len(data)))
+        return real(fd, data, offset)
+
+    content = bytearray(4 * REGION)
+    for region in (0, 2):
+        content[region * REGION + B] = content[region * REGION + 3 * B + 7] = 1
+    path = tmp_path / "image"
+    # All of it is data on the disk, zeros too.
+    path.write_bytes(content)
+    volume = await ImageVolume.open(path, writable=True)
+    monkeypatch.setattr(linux, "fallocate", refuse)
+    monkeypatch.setattr(disk, "pwrite", pwrite)
+    for region in (0, 2):
+        offset, length = region * REGION, 2 * REGION
+        if bulk:
+            length = REGION - B
+            result = await write(volume, write_request(offset, zeros=[(0, length)]))
+        else:
+            result = await apply.unmap_region(volume, pb.UnmapRegionRequest(offset=offset, length=length))
+        assert written == [(offset + B, B), (offset + 3 * B, B)]
+        assert result == apply.Result(unmapped=2 * B, read=length)
+        assert volume.zeroing == "write"
+        written.clear()
+    await volume.close()
+    assert path.read_bytes() == bytes(4 * REGION)
 
 
 async def test_a_long_unmap_compares_in_bounded_pieces() -> None:

@@ -241,12 +241,61 @@ def test_a_name_that_is_not_utf8_can_be_shown(tmp_path: Path, arguments: list[st
     assert len(missing.stderr.splitlines()) == 1
 
 
-def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
-    (tmp_path / "a.img").write_bytes(b"x")
+LOST = "cannot print the result: standard output: {}; what was asked for is done and only its report is lost"
+
+
+@pytest.mark.parametrize(
+    ("stdout", "cause"),
+    [("gone", "broken pipe"), ("full", "no space left on device"), ("closed", "bad file descriptor")],
+)
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        pytest.param(["volume", "show", "a.img"], LOST, id="a result"),
+        pytest.param(["volume", "show", "a.img", "--json"], LOST, id="a report"),
+        pytest.param(["verify", "a.img", "b.img", "--json", "--quiet"], LOST, id="a report of differences"),
+        pytest.param(["--help"], LOST, id="help"),
+        pytest.param(["sync", "--help"], LOST, id="help for a command"),
+        pytest.param(["volume", "show", "no.img", "--json"], "cannot open no.img: no such file", id="an error"),
+        pytest.param(["volume", "show", "no.img"], "cannot open no.img: no such file", id="an error without JSON"),
+    ],
+)
+def test_a_stdout_that_breaks_is_one_line_and_exit_status_1(
+    images: Path, stdout: str, cause: str, arguments: list[str], line: str
+) -> None:
+    """Whoever reads it has gone, its disk is full, or it was never open: no traceback, neither now nor when Python
+    flushes at its end."""
     reading, writing = os.pipe()
     os.close(reading)
-    with open(writing, "wb") as gone:
+    words = ["sh", "-c", 'exec "$@" >&-', "sh"] if stdout == "closed" else []
+    with open(writing, "wb") as gone, open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [*PROGRAM, "volume", "show", str(tmp_path / "a.img")], stdout=gone, stderr=subprocess.PIPE
+            [*words, *PROGRAM, *arguments],
+            stdout={"gone": gone, "full": full, "closed": None}[stdout],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=images,
         )
-    assert (done.returncode, done.stderr) == (1, b"")
+    (told,) = done.stderr.splitlines()
+    assert told.startswith(f"blockferry: {line.format(cause)}")
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_standard_descriptor_that_is_closed_is_no_reason_to_abort(images: Path, number: int) -> None:
+    words = ["sh", "-c", f'exec "$@" {number}>&-', "sh", *PROGRAM, "volume", "show", "a.img", "--json", "--quiet"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=images)
+    assert done.returncode == (1 if number == 1 else 0)
+    assert (json.loads(done.stdout)["uri"] == "a.img") if number != 1 else not done.stdout
+    # What belongs to stderr never comes out of stdout.
+    missing = subprocess.run([*words, "--region-size"], capture_output=True, text=True, cwd=images)
+    assert missing.returncode == 2
+    assert list(json.loads(missing.stdout)) == ["error"] if number != 1 else not missing.stdout
+
+
+@pytest.mark.parametrize("stdout", ["/dev/full", "/dev/null"])
+def test_a_usage_error_that_cannot_be_told_as_json_is_told_all_the_same(stdout: str) -> None:
+    with open(stdout, "wb") as broken:
+        done = subprocess.run([*PROGRAM, "sync", "--json"], stdout=broken, stderr=subprocess.PIPE, text=True)
+    assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("blockferry: usage error")
+    assert done.returncode == 2

@@ -110,6 +110,46 @@ def test_unknown_fields_are_passed_over() -> None:
     assert isinstance(one.request, pb.WriteRegionRequest) and one.request.offset == 1
 
 
+def lengthened(number: int, content: bytes) -> bytes:
+    """One field with a length, as it is on the wire; for content of less than 128 bytes."""
+    assert len(content) < 128
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+WRITTEN = lengthened(1, pb.WriteRegionRequest(offset=1, data=b"abc").SerializeToString())
+UNMAPPED = lengthened(2, pb.UnmapRegionRequest(offset=5, length=6).SerializeToString())
+MARKED = lengthened(1, pb.WriteRegionRequest(uncompared=True).SerializeToString())
+EMPTY_UNMAP = lengthened(2, b"")
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        pytest.param([WRITTEN, MARKED], id="two writes"),
+        pytest.param([MARKED, WRITTEN], id="two writes, the other way round"),
+        pytest.param([WRITTEN, WRITTEN], id="the same write twice"),
+        pytest.param([UNMAPPED, UNMAPPED], id="two unmaps"),
+        pytest.param([EMPTY_UNMAP, EMPTY_UNMAP], id="two empty unmaps"),
+        pytest.param([WRITTEN, UNMAPPED], id="a write and an unmap"),
+        pytest.param([UNMAPPED, WRITTEN], id="an unmap and a write"),
+        pytest.param([EMPTY_UNMAP, WRITTEN, MARKED], id="three"),
+    ],
+)
+def test_a_change_of_more_than_one_write_or_unmap_is_refused(members: list[bytes]) -> None:
+    """Protobuf merges them; one stands for itself."""
+    for one in members:
+        _, (found,) = decode_request(lengthened(3, one))
+        assert found.request is not None
+    message = lengthened(3, b"".join(members))
+    assert len(pb.ApplyChangesRequest.FromString(message).changes) == 1
+    with pytest.raises(BlockferryError) as caught:
+        decode_request(message)
+    assert caught.value.code is Code.PROTOCOL
+    assert "more than one write or unmap" in caught.value.cause
+    # Each in a change of its own they are as many changes.
+    assert len(decode_request(b"".join(lengthened(3, one) for one in members))[1]) == len(members)
+
+
 def accepted(message: bytes) -> bool:
     try:
         pb.ApplyChangesRequest.FromString(message)

@@ -276,6 +276,33 @@ async def test_unmap_falls_back_once_and_for_all(
     assert path.stat().st_size == size
 
 
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENODEV], ids=errno.errorcode.get)
+async def test_deallocating_leaves_what_only_writing_could_zero(
+    place: Place, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    real, refusing = linux.fallocate, False
+
+    def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+        if refusing:
+            raise OSError(number, "injected")
+        real(fd, mode, offset, length)
+
+    monkeypatch.setattr(linux, "fallocate", fallocate)
+    size = 3 * REGION + 17
+    whole = [(0, REGION), (3 * REGION, 17)]
+    async with writable(place("ext4") / "image", size) as volume:
+        await volume.write([(0, b"x" * size)])
+        assert await volume.deallocate(whole) == (REGION + 17, [])
+        assert volume.zeroing == "punch-hole"
+        await volume.write([(0, b"x" * size)])
+        # The very first one that is refused is left as it is, and so is everything after it.
+        refusing = True
+        for _ in range(2):
+            assert await volume.deallocate(whole) == (0, whole)
+            assert volume.zeroing == "write"
+        assert await content(volume) == b"x" * size
+
+
 async def test_a_failing_disk_is_no_reason_to_step_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         raise OSError(errno.EIO, "injected")

@@ -272,6 +272,37 @@ def test_damaged_state_is_refused_and_left_alone(store: Store, name: str, conten
     assert snapshot(store.directory) == before
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"digest_key": "z" * 64}, id="key that is no hexadecimal"),
+        pytest.param({"digest_key": "\u0661" * 64}, id="key of other digits"),
+        pytest.param({"digest_key": "0" * 63}, id="half a byte of a key missing"),
+        pytest.param({"digest_key": "0" * 62}, id="key too short"),
+        pytest.param({"digest_key": "0" * 66}, id="key too long"),
+        pytest.param({"digest_key": ""}, id="no key"),
+        pytest.param({"uuid": "z" * 32}, id="UUID that is no hexadecimal"),
+        pytest.param({"uuid": "0" * 30}, id="UUID too short"),
+        pytest.param({"uuid": ""}, id="no UUID"),
+        pytest.param({"region_size": 0}, id="region size 0"),
+        pytest.param({"region_size": 100_000}, id="region size that is no power of two"),
+        pytest.param({"region_size": -65536}, id="region size below 0"),
+        pytest.param({"region_size": 2**63}, id="region size too large"),
+    ],
+)
+def test_an_identity_that_cannot_be_used_is_refused_at_the_start(store: Store, changes: dict[str, object]) -> None:
+    commit(store, 1)
+    store.abandon()
+    path = store.directory / "replica.json"
+    path.write_bytes(msgspec.json.encode({**msgspec.json.decode(path.read_bytes()), **changes}))
+    before = snapshot(store.directory)
+    with pytest.raises(BlockferryError) as caught:
+        Store(store.directory, clones=store.clones)
+    assert caught.value.code is Code.CORRUPT_STATE
+    assert "replica.json" in caught.value.line() and caught.value.cause
+    assert snapshot(store.directory) == before
+
+
 def test_a_replica_without_its_identity_is_refused(store: Store) -> None:
     store.abandon()
     (store.directory / "replica.json").unlink()

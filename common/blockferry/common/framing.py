@@ -70,7 +70,8 @@ def encode_request(head: pb.ApplyChangesRequest, changes: Sequence[Outgoing]) ->
 
 
 def decode_request(message: bytes) -> tuple[pb.ApplyChangesRequest, list[Incoming]]:
-    """Everything but the changes, and the changes. Raises PROTOCOL where the message is not valid protobuf."""
+    """Everything but the changes, and the changes. Raises PROTOCOL where the message is not valid protobuf, or where a
+    change holds more than one write or unmap."""
     changes: list[Incoming] = []
     rest: list[memoryview] = []
     try:
@@ -92,6 +93,10 @@ def decode_request(message: bytes) -> tuple[pb.ApplyChangesRequest, list[Incomin
 def _decode_change(change: memoryview) -> Incoming:
     found = Incoming(None, _NOTHING)
     for number, _, body in _fields(change):
+        if number in (_WRITE, _UNMAP) and body is not None and found.request is not None:
+            # Parsers of protobuf merge two writes, and take the last of a write and an unmap: nobody who sends that can
+            # mean it, and guessing would write to a volume.
+            raise ValueError("a change holds more than one write or unmap")
         if number == _WRITE and body is not None:
             data, rest = _NOTHING, []
             for inner, whole, content in _fields(body):

@@ -14,6 +14,7 @@ import fcntl
 import os
 import signal
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,20 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
         mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD)
+
+
+def occupy_standard_descriptors() -> None:
+    """To be called before anything else is opened: whoever started this process may have closed stdin, stdout or
+    stderr, and the event loop aborts the process when one of its own descriptors has such a number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number is this one.
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        # What is meant for it would go to stdout: that is what print() makes of None.
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def reflink(source_fd: int, target_fd: int) -> None:
@@ -134,24 +149,29 @@ class ZeroingLadder:
     def __init__(self, first: Zeroing = Zeroing.PUNCH_HOLE) -> None:
         self.method = first
 
-    def zero(self, fd: int, offset: int, length: int, size: int) -> None:
+    def zero(self, fd: int, offset: int, length: int, size: int, *, write: bool = True) -> bool:
         """Zero [offset, offset + length) of a file of `size` bytes; never changes the size.
 
         A hole that reaches the end of the file is punched past the end (KEEP_SIZE): otherwise the last partial page
-        stays allocated for ever.
+        stays allocated for ever. Without `write` it stops before zeros would be written out, with nothing changed, and
+        returns False: which step works is known only by trying, and whoever may not rewrite equal bytes has to compare
+        before that one.
         """
         if self.method is Zeroing.PUNCH_HOLE:
             reach = length + 2 * os.sysconf("SC_PAGESIZE") if offset + length >= size else length
             if self._try(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, reach):
-                return
+                return True
             self.method = Zeroing.ZERO_RANGE
         if self.method is Zeroing.ZERO_RANGE:
             if self._try(fd, _FALLOC_FL_ZERO_RANGE | _FALLOC_FL_KEEP_SIZE, offset, length):
-                return
+                return True
             self.method = Zeroing.WRITE
+        if not write:
+            return False
         end = offset + length
         while offset < end:
             offset += disk.pwrite(fd, memoryview(_ZERO_CHUNK)[: end - offset], offset)
+        return True
 
     @staticmethod
     def _try(fd: int, mode: int, offset: int, length: int) -> bool:

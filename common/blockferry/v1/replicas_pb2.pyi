@@ -102,7 +102,7 @@ class ReadRegionsResponse(_message.Message):
     def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., zeros: _Optional[int] = ...) -> None: ...
 
 class RecoveryPoint(_message.Message):
-    __slots__ = ("number", "commit_id", "committed_at_us", "size", "bytes_held", "path", "kept_by")
+    __slots__ = ("number", "commit_id", "committed_at_us", "size", "bytes_held", "path", "kept_by", "problem")
     NUMBER_FIELD_NUMBER: _ClassVar[int]
     COMMIT_ID_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_AT_US_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +110,7 @@ class RecoveryPoint(_message.Message):
     BYTES_HELD_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     KEPT_BY_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
     number: int
     commit_id: bytes
     committed_at_us: int
@@ -117,7 +118,8 @@ class RecoveryPoint(_message.Message):
     bytes_held: int
     path: str
     kept_by: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, number: _Optional[int] = ..., commit_id: _Optional[bytes] = ..., committed_at_us: _Optional[int] = ..., size: _Optional[int] = ..., bytes_held: _Optional[int] = ..., path: _Optional[str] = ..., kept_by: _Optional[_Iterable[str]] = ...) -> None: ...
+    problem: str
+    def __init__(self, number: _Optional[int] = ..., commit_id: _Optional[bytes] = ..., committed_at_us: _Optional[int] = ..., size: _Optional[int] = ..., bytes_held: _Optional[int] = ..., path: _Optional[str] = ..., kept_by: _Optional[_Iterable[str]] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class ListRecoveryPointsRequest(_message.Message):
     __slots__ = ("volume",)

@@ -23,7 +23,6 @@ from blockferry.common.digests import (
 )
 from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code
-from blockferry.common.linux import Zeroing
 from blockferry.common.regions import BLOCK_SIZE, Geometry
 from blockferry.common.volumes import Volume, in_thread
 from blockferry.v1 import replication_pb2 as pb
@@ -194,10 +193,13 @@ async def unmap_region(volume: Volume, request: pb.UnmapRegionRequest) -> Result
 
 
 async def _unmap(volume: Volume, extents: list[tuple[int, int]], result: Result) -> None:
-    if volume.zeroing == Zeroing.WRITE.value:
-        extents = [found for offset, length in extents for found in await _not_zero(volume, offset, length, result)]
-    if extents:
-        result.unmapped += await volume.unmap(extents)
+    freed, left = await volume.deallocate(extents)
+    # What is left reads as before: it is looked at before the first zero is written over it.
+    differing = [found for offset, length in left for found in await _not_zero(volume, offset, length, result)]
+    if differing:
+        freed += await volume.unmap(differing)
+    result.unmapped += freed
+    if differing or len(left) < len(extents):
         crash_point("apply-unmapped")
 
 

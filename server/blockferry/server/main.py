@@ -112,6 +112,7 @@ async def _add_health_and_reflection(server: rpc.Server, names: list[str]) -> No
 
 def main() -> int:
     """Entry point of the console script."""
+    linux.occupy_standard_descriptors()
     arguments = _arguments(sys.argv[1:])
     telemetry.configure_logging()
     linux.keep_freed_memory()

@@ -282,12 +282,16 @@ class Replica:
                 session.allocated = found.regions | changed
             return found
 
-    async def session_digests(self, ref: pb.SessionRef, piece_size: int, run: Run, *, fresh: bool) -> tuple[bytes, int]:
+    async def session_digests(
+        self, ref: pb.SessionRef, piece_size: int, run: Run, *, fresh: bool, key: bytes = b""
+    ) -> tuple[bytes, int]:
         """Digests of consecutive pieces of the work image, and the bytes read for them. Known digests of whole regions
-        are taken from the cache unless `fresh`."""
+        are taken from the cache unless `fresh`. With a `key` that is not the replica's own nothing known is of use, and
+        nothing is remembered."""
         async with self._using(ref) as session:
-            key, region_size = self.store.identity.key, session.geometry.region_size
-            if piece_size != region_size:
+            region_size = session.geometry.region_size
+            key = key or self.store.identity.key
+            if piece_size != region_size or key != self.store.identity.key:
                 return await session.volume.digests(piece_size, [run], key, region_size), _length(
                     session, piece_size, run
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -39,15 +40,24 @@ class ReplicasService:
         replica = self._pool.get(request.volume)
         response = pb.ListRecoveryPointsResponse()
         kept = replica.kept()
-        for point in reversed(replica.store.points):
+        for point in reversed(list(replica.store.points)):
+            try:
+                held, problem = await in_thread(replica.store.bytes_held, point), ""
+            except OSError as error:
+                if replica.store.point(point.number) is None:
+                    # Dropped while the others were looked at.
+                    continue
+                # One that cannot be looked at hides none of the others.
+                held, problem = 0, _problem(error)
             response.points.add(
                 number=point.number,
                 commit_id=point.commit_id,
                 committed_at_us=point.committed_at_us,
                 size=point.size,
-                bytes_held=await in_thread(replica.store.bytes_held, point),
+                bytes_held=held,
                 path=str(replica.store.image(point)),
                 kept_by=kept[point.number],
+                problem=problem,
             )
         return response
 
@@ -82,6 +92,13 @@ class ReplicasService:
                         yield pb.ReadRegionsResponse(offset=offset, zeros=len(part))
                     else:
                         yield pb.ReadRegionsResponse(offset=offset, data=bytes(part))
+
+
+def _problem(error: OSError) -> str:
+    """What an image that cannot be opened means for its recovery point."""
+    if isinstance(error, FileNotFoundError):
+        return "its image is missing"
+    return f"its image cannot be looked at: {os.strerror(error.errno).lower() if error.errno else error}"
 
 
 async def _describe(replica: Replica) -> pb.Replica:

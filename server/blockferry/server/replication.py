@@ -92,17 +92,18 @@ class ReplicationService:
     ) -> AsyncIterator[pb.GetRegionDigestsResponse]:
         if request.WhichOneof("target") == "session":
             replica = self._by_session(request.session)
+            if request.key:
+                _check_key(request.key)
             session = replica.session
             size = session.geometry.size if session else 0
             for run in _checked_pieces(request, replica.store.identity.region_size, size):
                 found, read = await replica.session_digests(
-                    request.session, request.piece_size, run, fresh=request.bypass_cache
+                    request.session, request.piece_size, run, fresh=request.bypass_cache, key=request.key
                 )
                 yield pb.GetRegionDigestsResponse(digests=found, bytes_read=read)
             return
         replica = self._pool.get(request.point.volume)
-        if len(request.key) != KEY_SIZE:
-            raise _invalid("the digest key is not usable", f"a key has {KEY_SIZE} bytes")
+        _check_key(request.key)
         async with replica.reading(request.point.number) as volume:
             region_size = replica.store.identity.region_size
             for run in _checked_pieces(request, region_size, volume.size):
@@ -174,6 +175,11 @@ class ReplicationService:
                 next="run the sync again; it continues with what is already there",
             )
         return replica
+
+
+def _check_key(key: bytes) -> None:
+    if len(key) != KEY_SIZE:
+        raise _invalid("the digest key is not usable", f"a key has {KEY_SIZE} bytes")
 
 
 def _checked_pieces(request: pb.GetRegionDigestsRequest, region_size: int, size: int) -> list[Run]:

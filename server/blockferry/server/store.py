@@ -30,6 +30,7 @@ from blockferry.common import disk, linux
 from blockferry.common.digests import KEY_SIZE
 from blockferry.common.durable import Log, remove_durably, rename_durably, write_atomic, write_unsynced
 from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.regions import check_region_size
 from blockferry.common.retention import DEFAULT, Retention
 from blockferry.server import cache
 from blockferry.server.cache import DigestCache, Stamp
@@ -48,6 +49,7 @@ _CLEAN = "clean.json"
 _IMAGE = ".img"
 _DIGESTS = ".digests"
 NEW_PREFIX = ".new-"
+_UUID_SIZE = 16
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -58,6 +60,15 @@ class Identity(msgspec.Struct, frozen=True):
     region_size: int
     digest_key: str
     created_at_us: int
+
+    def __post_init__(self) -> None:
+        # Whoever reads it back takes this for damage (ValueError): better at the start than at the first use.
+        if len(bytes.fromhex(self.uuid)) != _UUID_SIZE or len(self.key) != KEY_SIZE:
+            raise ValueError(f"the UUID has {_UUID_SIZE} bytes and the digest key {KEY_SIZE}, in hexadecimal")
+        try:
+            check_region_size(self.region_size)
+        except BlockferryError as error:
+            raise ValueError(f"{error.what}: {error.cause}") from error
 
     @property
     def key(self) -> bytes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
-import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -73,6 +72,10 @@ class _Parser(argparse.ArgumentParser):
             )
         )
         raise SystemExit(2)
+
+    def print_help(self, file: object = None) -> None:
+        """On stdout like every result, and with the same answer if stdout does not take it."""
+        Console(json=False, quiet=False).result({}, [self.format_help().rstrip("\n")])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -167,15 +170,19 @@ async def _run(command: Command, arguments: argparse.Namespace, console: Console
             )
         )
         return 128 + received[0]
-    except BrokenPipeError:
-        raise
     except OSError as error:
         raise from_os_error(error, f"{arguments.command} failed") from error
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the console script."""
-    arguments = build_parser().parse_args(argv)
+    linux.occupy_standard_descriptors()
+    console = Console(json=False, quiet=False)
+    try:
+        arguments = build_parser().parse_args(argv)
+    except BlockferryError as error:
+        console.error(error)
+        return 1
     console = Console(json=arguments.json, quiet=arguments.quiet)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Paths may hold bytes that are no UTF-8; they leave as they came.
@@ -185,8 +192,4 @@ def main(argv: list[str] | None = None) -> int:
         return uvloop.run(_run(_find(arguments), arguments, console))
     except BlockferryError as error:
         console.error(error)
-        return 1
-    except BrokenPipeError:
-        # Whoever read our output has gone; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

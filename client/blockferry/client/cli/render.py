@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 
 from blockferry.client.report import Phase, Progress
-from blockferry.common.errors import BlockferryError
+from blockferry.common.errors import BlockferryError, Code
 
 REFRESH_SECONDS = 0.1
 PLAIN_SECONDS = 10.0
@@ -41,6 +43,21 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def _print(text: str) -> None:
+    """Print on stdout at once, or raise OSError; what it did not take is then given up, and so is stdout."""
+    if sys.stdout is None:
+        # Python's answer to a closed descriptor, which print() takes for a place where nobody listens.
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    try:
+        print(text, flush=True)
+    except OSError:
+        # Python would try once more at its end, and fail with a traceback.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        raise
+
+
 class Console:
     """Where a command's words go. With `json` stdout carries one object; `quiet` leaves only results and errors."""
 
@@ -49,16 +66,25 @@ class Console:
         self.quiet = quiet
 
     def result(self, report: Mapping[str, object], lines: Sequence[str]) -> None:
-        """Print a result: the report as JSON, or its lines for people."""
-        if self.json:
-            print(json.dumps(report), flush=True)
-        elif not self.quiet:
-            print("\n".join(lines), flush=True)
+        """Print a result: the report as JSON, or its lines for people. Raises IO_ERROR if stdout does not take it."""
+        if not self.json and self.quiet:
+            return
+        try:
+            _print(json.dumps(report) if self.json else "\n".join(lines))
+        except OSError as error:
+            raise BlockferryError(
+                Code.IO_ERROR,
+                "cannot print the result",
+                cause=f"standard output: {os.strerror(error.errno).lower() if error.errno else error}",
+                next="what was asked for is done and only its report is lost; run it again to see one",
+            ) from error
 
     def error(self, error: BlockferryError) -> None:
-        """One line on stderr; with `json` also the error object on stdout."""
+        """One line on stderr; with `json` also the error object on stdout, if it takes it."""
         if self.json:
-            print(json.dumps({"error": error.fields()}), flush=True)
+            # If it does not, the line below says all there is to say.
+            with contextlib.suppress(OSError):
+                _print(json.dumps({"error": error.fields()}))
         print(f"blockferry: {error.line()}", file=sys.stderr, flush=True)
 
     @contextlib.asynccontextmanager

@@ -258,7 +258,7 @@ async def _replica_points(arguments: argparse.Namespace, console: Console) -> in
             _time(point.committed_at_us) or "",
             _age(point.committed_at_us),
             human_bytes(point.size),
-            human_bytes(point.bytes_held),
+            "unknown" if point.problem else human_bytes(point.bytes_held),
             ", ".join(point.kept_by) or "nothing: goes with the next commit",
             point.commit_id.hex(),
         )
@@ -273,14 +273,17 @@ async def _replica_points(arguments: argparse.Namespace, console: Console) -> in
                 "commit_id": point.commit_id.hex(),
                 "committed_at": _time(point.committed_at_us),
                 "size": point.size,
-                "bytes_held": point.bytes_held,
+                "bytes_held": None if point.problem else point.bytes_held,
                 "path": point.path,
                 "kept_by": list(point.kept_by),
+                "problem": point.problem or None,
             }
             for point in response.points
         ],
     }
-    console.result(report, table(rows) if response.points else [f"{volume} has no recovery points yet"])
+    lines = table(rows) if response.points else [f"{volume} has no recovery points yet"]
+    lines += [f"generation {one.number}: {one.problem} ({one.path})" for one in response.points if one.problem]
+    console.result(report, lines)
     return 0
 
 
@@ -290,6 +293,9 @@ async def _replica_verify(arguments: argparse.Namespace, console: Console) -> in
     unrecorded = 0
     async with _connected(arguments) as connection:
         address = connection.address.require_volume()
+        shown = await connection.call(
+            "Replicas/GetReplica", pb.GetReplicaRequest(volume=address.volume), pb.GetReplicaResponse
+        )
         point = PointRef(volume=address.volume, number=address.number)
         phase = progress.start("verify")
         async with console.showing(progress):
@@ -300,10 +306,12 @@ async def _replica_verify(arguments: argparse.Namespace, console: Console) -> in
                 unrecorded += part.bytes_unrecorded
                 rotten += [(one.offset, one.length) for one in part.rotten]
             progress.finish()
+    advice = _what_to_do_about_rot(address.number, shown.replica.generation) if rotten else None
     report = {
         "schema": SCHEMA,
         "volume": address.volume,
         "outcome": "rotten" if rotten else "sound",
+        "next": advice,
         "bytes": {
             "checked": phase.total,
             "rotten": sum(length for _, length in rotten),
@@ -316,12 +324,26 @@ async def _replica_verify(arguments: argparse.Namespace, console: Console) -> in
         + (f"{human_bytes(sum(length for _, length in rotten))} are not what was committed" if rotten else "all sound")
     ]
     lines += [f"  rotten at {offset}, {length} bytes" for offset, length in rotten[:SHOWN_RANGES]]
-    if rotten:
-        lines.append("  sync again to repair it: the next sync reads the replica instead of trusting what it knows")
+    if advice is not None:
+        lines.append(f"  {advice}")
     if unrecorded:
         lines.append(f"  {human_bytes(unrecorded)} have no recorded digest: nothing can be said about them")
     console.result(report, lines)
     return 3 if rotten else 0
+
+
+def _what_to_do_about_rot(number: int, newest: int) -> str:
+    """The next step for generation `number` (0: the newest). A sync starts from the newest one, and no generation is
+    ever written again."""
+    if number in (0, newest):
+        return (
+            "sync again to repair it: that reads the replica instead of trusting what it knows, and makes a sound next "
+            "generation"
+        )
+    return (
+        f"no sync repairs generation {number}: it is not the newest. Recover from another one (blockferry "
+        "replica points), and verify the newest too (leave the number out): generations share what has not changed"
+    )
 
 
 COMMANDS: dict[str, Command] = {

@@ -178,24 +178,32 @@ class ImageVolume(Volume):
                 raise from_os_error(error, "cannot write", volume=self.uri, offset=offset, length=len(view)) from error
 
     async def unmap(self, extents: Sequence[tuple[int, int]]) -> int:
-        return await in_thread(self._unmap, extents)
+        return (await in_thread(self._unmap, extents, write=True))[0]
 
-    def _unmap(self, extents: Sequence[tuple[int, int]]) -> int:
+    async def deallocate(self, extents: Sequence[tuple[int, int]]) -> tuple[int, Sequence[tuple[int, int]]]:
+        return await in_thread(self._unmap, extents, write=False)
+
+    def _unmap(self, extents: Sequence[tuple[int, int]], *, write: bool) -> tuple[int, list[tuple[int, int]]]:
+        """Bytes that held data, and what is left because zeros would have to be written out without `write`."""
         held = 0
+        left: list[tuple[int, int]] = []
         for offset, length in extents:
             try:
                 # Only this class uses the descriptor's own offset, and one unmap at a time: the server applies the
                 # changes of a replica in order.
                 try:
-                    held += sum(size for _, size in linux.data_extents(self._fd, offset, offset + length))
+                    data = sum(size for _, size in linux.data_extents(self._fd, offset, offset + length))
                 except OSError as error:
                     if error.errno not in linux.NOT_SUPPORTED:
                         raise
-                    held += length
-                self._ladder.zero(self._fd, offset, length, self.size)
+                    data = length
+                if self._ladder.zero(self._fd, offset, length, self.size, write=write):
+                    held += data
+                else:
+                    left.append((offset, length))
             except OSError as error:
                 raise from_os_error(error, "cannot unmap", volume=self.uri, offset=offset, length=length) from error
-        return held
+        return held, left
 
     async def flush(self) -> None:
         try:

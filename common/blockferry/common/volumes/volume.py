@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from blockferry.common.digests import Data, digest_size, digests
+from blockferry.common.linux import Zeroing
 from blockferry.common.regions import AllocationMap, Geometry, Run, split_runs
 
 P = ParamSpec("P")
@@ -82,6 +83,16 @@ class Volume(abc.ABC):
     async def unmap(self, extents: Sequence[tuple[int, int]]) -> int:
         """Make each (offset, length) read as zeros; return the bytes that held data before."""
 
+    async def deallocate(self, extents: Sequence[tuple[int, int]]) -> tuple[int, Sequence[tuple[int, int]]]:
+        """As `unmap`, without ever writing zeros out (invariant 6: equal bytes are never rewritten). Returns the bytes
+        that held data before, and the extents that were left as they are because only writing could zero them.
+
+        Devices may find out what they can do only by being asked: these override it.
+        """
+        if self.zeroing == Zeroing.WRITE.value:
+            return 0, extents
+        return await self.unmap(extents), ()
+
     @abc.abstractmethod
     async def flush(self) -> None:
         """Make everything written and unmapped so far durable. After a failure the volume must not be trusted."""
@@ -93,7 +104,8 @@ class Volume(abc.ABC):
     @property
     @abc.abstractmethod
     def zeroing(self) -> str:
-        """How unmap works here: a name for people; `write` means that zeros are written out."""
+        """How unmap works here: a name for people; `write` means that zeros are written out. Before the first one it
+        may be a hope."""
 
     async def current_size(self) -> int:
         """The device's size in bytes now; differs from `size` if it was resized since it was opened."""
