@@ -57,6 +57,11 @@ protos: $(READY) ## regenerate common/blockferry/v1 from protos/
 bench: $(READY) ## measure, compare with the bounds, write bench/results/
 	@$(BIN)/python -m bench
 
+.PHONY: soak
+soak: $(READY) ## thousands of kills at random instants (hours; KILLS=200 for fewer)
+	@deploy/packages tests
+	@BLOCKFERRY_SOAK_KILLS=$(or $(KILLS),2000) $(BIN)/python -m pytest --timeout 0 tests/soak
+
 .PHONY: lock
 lock: $(READY) ## pin and hash the newest development requirements that pyproject.toml allows
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv

@@ -16,11 +16,20 @@ from typing import Any
 
 START_SECONDS = 30.0
 STOP_SECONDS = 30.0
+SAMPLE_SECONDS = 0.02
 
 
 def script(name: str) -> Path:
     """A console script of the environment that runs this."""
     return Path(sys.executable).with_name(name)
+
+
+def peak_bytes(pid: int) -> int:
+    """The most memory a process had resident since it was executed, in bytes; 0 once it is gone."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 class Server:
@@ -32,10 +41,7 @@ class Server:
 
     def peak_bytes(self) -> int:
         """The most memory it ever had resident, in bytes. Files on tmpfs are not part of it."""
-        for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        raise AssertionError("the kernel does not tell the peak resident size")
+        return peak_bytes(self._process.pid)
 
 
 @contextlib.contextmanager
@@ -85,12 +91,20 @@ def blockferry(*arguments: str | Path, state: Path) -> Run:
         stdout=subprocess.PIPE,
     )
     assert process.stdout is not None
+    output, peak = b"", 0
     with process.stdout:
-        output = process.stdout.read()
-    # wait4 gives the peak of exactly this child; Popen must be told that it is gone.
+        while True:
+            # Looked at while it runs: the peak that wait4 reports is at least what the parent had when it forked.
+            peak = max(peak, peak_bytes(process.pid))
+            if select.select([process.stdout], [], [], SAMPLE_SECONDS)[0]:
+                part = os.read(process.stdout.fileno(), 1 << 16)
+                if not part:
+                    break
+                output += part
+    # wait4 gives the page faults of exactly this child; Popen must be told that it is gone.
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise AssertionError(f"blockferry {arguments[0]} ended with status {process.returncode}: {output.decode()}")
-    return Run(json.loads(output), seconds, usage.ru_maxrss * 1024, usage.ru_minflt)
+    return Run(json.loads(output), seconds, peak, usage.ru_minflt)

@@ -4,6 +4,7 @@ that a state a power failure may leave keeps all of it."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -12,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import pytest
 from blockferry.client.commits import CommitLedger
+from blockferry.common import disk
 from blockferry.common.digests import digest
-from blockferry.common.durable import Log
+from blockferry.common.durable import Log, write_unsynced
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
 from blockferry.common.volumes import ImageVolume
@@ -351,22 +354,28 @@ class Life:
                 self.recorder.revive()
 
 
+REFUSED: dict[str, object] = {"number": 99}
+
+
 @dataclass(frozen=True)
 class Seen:
-    """So many records of a log are known to somebody."""
+    """So many records of a log are known to somebody; perhaps also that another one was refused."""
 
     count: int
+    refused: bool = False
 
 
 @dataclass
 class _Records:
-    """How many records of a log are promised."""
+    """How many records of a log are promised, and whether one is promised never to be seen."""
 
     count: int = 0
+    refused: bool = False
 
     def take(self, what: Seen) -> None:
         """More of them."""
         self.count = what.count
+        self.refused = what.refused
 
 
 class LogLife:
@@ -399,8 +408,38 @@ class LogLife:
         log = Log(root / "log")
         try:
             assert log.records[: promises.count] == [{"number": number} for number in range(promises.count)]
+            assert not (promises.refused and REFUSED in log.records), "a record that was refused is there"
         finally:
             log.close()
+
+
+class RefusedLogLife(LogLife):
+    """A log whose disk fails once: what it refuses must not come back, though it may have reached the disk."""
+
+    def live(self, root: Path) -> None:
+        """Append, and fail to flush the second record."""
+        recorder = Recorder(root)
+        with recorder.recording(), pytest.MonkeyPatch.context() as patch:
+            log = Log(root / "log")
+            log.append({"number": 0})
+            recorder.mark(Seen(1))
+            flush = disk.fsync
+            failures = [OSError(errno.EIO, "once")]
+
+            def fsync(fd: int) -> None:
+                if failures:
+                    raise failures.pop()
+                flush(fd)
+
+            patch.setattr(disk, "fsync", fsync)
+            with pytest.raises(OSError, match="once"):
+                log.append(REFUSED)
+            recorder.mark(Seen(1, refused=True))
+            # Moments at which power may fail: that the record reached the disk and its removal did not is rare.
+            for moment in range(30):
+                write_unsynced(root / "later", bytes([moment]))
+            log.close()
+        self.log = recorder.log
 
 
 # --- holding a state to its promises ----------------------------------------------------------------------------------

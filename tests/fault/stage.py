@@ -9,9 +9,10 @@ import asyncio
 import contextlib
 import itertools
 import os
+import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from blockferry.common.volumes import ImageVolume
 from blockferry.v1 import replicas_pb2 as replicas
 from blockferry.v1 import replication_pb2 as pb
 
-from tests.images import BLOCK, KIB, Piece, build, noise
+from tests.images import BLOCK, KIB, MIB, Piece, build, noise
 from tests.support import Report, Server, command
 
 CRASH_POINT = "BLOCKFERRY_CRASH_POINT"
@@ -40,6 +41,8 @@ STATE_FILES = {"replica.json", "commits.log", "session.json", "progress.json"}
 
 KILLED = -signal.SIGKILL
 SMALL = 40 * REGION + 3 * BLOCK
+
+PLAIN_SIZE = 1024 * MIB
 
 _names = itertools.count(1)
 
@@ -61,6 +64,8 @@ class DoomedServer(Server):
     def __init__(self, pool: Path, doom: str = "", flags: Sequence[str] = ()) -> None:
         super().__init__(pool, flags=["--keep-at-least", "last=1", *flags])
         self.doom = doom
+        self.shot = False
+        """It has been killed, and its end has not been seen."""
 
     @property
     def words(self) -> list[str]:
@@ -74,6 +79,12 @@ class DoomedServer(Server):
         status = self._process.returncode
         self.kill()
         return status
+
+    def shoot(self) -> None:
+        """SIGKILL, if it still runs; somebody else waits for its end."""
+        if self._process is not None and self._process.poll() is None:
+            self.shot = True
+            self._process.kill()
 
     async def death(self) -> int:
         """Wait until it dies; its exit status."""
@@ -132,6 +143,13 @@ class Stage:
         """The number of the newest generation known to be committed; 0 for none."""
         return max(self.contents, default=0)
 
+    def session_mark(self) -> int:
+        """Another number whenever a session was opened or ended."""
+        try:
+            return (self.directory / "session.json").stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
     def change_source(self) -> None:
         """Give the source other content."""
         build(self.source, self.size, picture(next(self._generations), self.size // REGION))
@@ -157,6 +175,11 @@ class Stage:
         """Another replica on the same server."""
         return Stage(self.server, self.source.parent, size=self.size, clones=self.clones)
 
+    def start_client(self, *flags: object) -> subprocess.Popen[str]:
+        """A sync in a process of its own; the test ends it."""
+        words = [*self.words, *map(str, flags)]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
     def status_of_client(self, doom: str) -> int:
         """Run a client that dies at a crash point; its exit status."""
         words = ["env", f"{CRASH_POINT}={doom}", *self.words]
@@ -179,7 +202,8 @@ class Stage:
 
     async def survive(self, step: Coroutine[object, object, object]) -> Death | None:
         """Go through a step; if the server dies meanwhile the next one is started at once, as a supervisor does it."""
-        watch = asyncio.create_task(self._replace())
+        died = asyncio.Event()
+        watch = asyncio.create_task(self._replace(died))
         try:
             await step
         except BlockferryError as error:
@@ -187,14 +211,17 @@ class Stage:
                 raise
             return await asyncio.wait_for(watch, 30)
         # It may be dying at this very moment.
-        await asyncio.wait([watch], timeout=0.05)
-        if watch.done():
-            return watch.result()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(died.wait(), 0.05)
+        if died.is_set() or self.server.shot:
+            return await watch
         watch.cancel()
         return None
 
-    async def _replace(self) -> Death:
+    async def _replace(self, died: asyncio.Event) -> Death:
         status = await self.server.death()
+        died.set()
+        self.server.shot = False
         self.server.doom = ""
         await asyncio.to_thread(self.server.start)
         return Death(status)
@@ -289,6 +316,10 @@ class Stage:
         self.change_source()
         self.overwriting = False
         await self.sync()
+        await self.verify_rest()
+
+    async def verify_rest(self) -> None:
+        """After a sync: the recovery points are those that are kept, whole, and nothing else lies about."""
         points = await self.points()
         kept = KEEP if self.clones else 1
         assert points.keys() == set(range(max(self.newest - kept + 1, 1), self.newest + 1))
@@ -307,3 +338,41 @@ class Stage:
         allowed = STATE_FILES | images | digests | ({"work.img"} if work else set())
         assert files <= allowed, f"nobody needs {sorted(files - allowed)}"
         assert images <= files
+
+
+StageFactory = Callable[..., Stage]
+"""(root, doom, clones=…, size=…)"""
+
+
+@contextlib.contextmanager
+def stages(scratch: Path) -> Iterator[StageFactory]:
+    """Makes stages, each with a pool and a server of its own, and clears them away."""
+    made: list[Stage] = []
+
+    def make(root: Path, doom: str = "", *, clones: bool = True, size: int = SMALL) -> Stage:
+        pool = root / f"pool-{next(_names)}-{scratch.name}"
+        pool.mkdir()
+        made.append(Stage(DoomedServer(pool, doom), scratch, clones=clones, size=size))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for stage in made:
+            stage.server.kill()
+            shutil.rmtree(stage.server.pool)
+
+
+@contextlib.contextmanager
+def plain_xfs(base: Path) -> Iterator[Path]:
+    """A mounted file system that cannot clone files."""
+    image, mount = base / "disk.img", base / "mount"
+    mount.mkdir()
+    with image.open("wb") as file:
+        file.truncate(PLAIN_SIZE)
+    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=0", str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(mount)], check=True)
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)

@@ -12,9 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import blockferry.client
@@ -22,8 +20,7 @@ import blockferry.common
 import blockferry.server
 import pytest
 
-from tests.fault.stage import KEEP, KILLED, Death, DoomedServer, Stage
-from tests.images import MIB
+from tests.fault.stage import KEEP, KILLED, Death, Stage, StageFactory, plain_xfs, stages
 
 PASSES = int(os.environ.get("BLOCKFERRY_CRASH_PASSES", "2"))
 """Passes tried of a name: a first sync and an update. Names that fire for many files are tried at every pass."""
@@ -59,42 +56,23 @@ def _passes(name: str) -> range:
     return range(1, 1 + (ALL_PASSES if name in BOTH else PASSES))
 
 
+def _passes_in_place(name: str) -> range:
+    """Without the first sync, which is the same everywhere."""
+    return _passes(name) if name in BOTH | IN_PLACE_ONLY else range(2, 1 + PASSES)
+
+
 @pytest.fixture(scope="module")
 def plain_pool_root(tmp_path_factory: pytest.TempPathFactory, xfs_pool_root: Path) -> Iterator[Path]:
     """A file system that cannot clone files. Where the other can be mounted, so can this."""
-    base = tmp_path_factory.mktemp("plain")
-    image, mount = base / "disk.img", base / "mount"
-    mount.mkdir()
-    with image.open("wb") as file:
-        file.truncate(512 * MIB)
-    subprocess.run(["mkfs.xfs", "-q", "-m", "reflink=0", str(image)], check=True)
-    subprocess.run(["mount", "-o", "loop", str(image), str(mount)], check=True)
-    try:
+    with plain_xfs(tmp_path_factory.mktemp("plain")) as mount:
         yield mount
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
-
-
-StageFactory = Callable[..., Stage]
 
 
 @pytest.fixture
 def make_stage(tmp_path: Path) -> Iterator[StageFactory]:
-    """Makes stages, each with a pool and a server of its own, and clears them away."""
-    stages: list[Stage] = []
-
-    def make(root: Path, doom: str = "", *, clones: bool = True) -> Stage:
-        pool = root / f"crash-{tmp_path.name}-{len(stages)}"
-        pool.mkdir()
-        stages.append(Stage(DoomedServer(pool, doom), tmp_path, clones=clones))
-        return stages[-1]
-
-    try:
+    """Makes stages, each with a pool and a server of its own."""
+    with stages(tmp_path) as make:
         yield make
-    finally:
-        for stage in stages:
-            stage.server.kill()
-            shutil.rmtree(stage.server.pool)
 
 
 async def _life(stage: Stage) -> Death | None:
@@ -146,7 +124,7 @@ async def test_the_server_dies_where_nothing_can_be_cloned(
     make_stage: StageFactory, plain_pool_root: Path, name: str
 ) -> None:
     hits = 0
-    for number in _passes(name):
+    for number in _passes_in_place(name):
         if not await _dies(make_stage(plain_pool_root, f"{name}:{number}", clones=False)):
             break
         hits += 1

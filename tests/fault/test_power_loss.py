@@ -30,7 +30,7 @@ from blockferry.common.errors import BlockferryError
 from blockferry.common.volumes import ImageVolume
 from blockferry.server.store import Store
 
-from tests.fault.lives import REGION, SNAPSHOTS, Life, LogLife, Recorded, World
+from tests.fault.lives import REGION, SNAPSHOTS, Life, LogLife, Recorded, RefusedLogLife, World
 from tests.fault.powerloss import (
     Call,
     FileSystem,
@@ -236,10 +236,11 @@ def proofs(scratch: Path, lives: dict[bool, Life]) -> list[Recorded]:
     """Lives that show between them what each flush is for."""
     commits = [call for call in _flushes(lives[True]) if "commit" in call.purpose and "append" in call.purpose]
     taken_over = [_lived(scratch, clones=True, doomed=_before(call, 0)) for call in commits]
-    log = LogLife()
-    with tempfile.TemporaryDirectory(dir=scratch) as root:
-        log.live(Path(root))
-    return [lives[True], lives[False], *taken_over, log]
+    logs = [LogLife(), RefusedLogLife()]
+    for log in logs:
+        with tempfile.TemporaryDirectory(dir=scratch) as root:
+            log.live(Path(root))
+    return [lives[True], lives[False], *taken_over, *logs]
 
 
 @pytest.mark.parametrize("site", sorted(set(_sites()) - {_site_of_the_map()}))

@@ -56,3 +56,18 @@ async def test_a_reader_that_ends_leaves_the_others_watching(tmp_path: Path, fin
     assert session.digests.get(0) in (None, digest(data, key))
     assert session.racing == []
     await replica.close()
+
+
+async def test_who_stops_watching_stops_for_itself_alone(tmp_path: Path) -> None:
+    store = Store.create(tmp_path / "v", REGION, clones=False)
+    replica = Replica("v", "pool", store, 60.0, Retention(last=1))
+    session = await replica.open_session(pb.OpenSessionRequest(volume="v", size=4 * REGION))
+    with session.watching() as first:
+        with session.watching() as second:
+            pass
+        session.change(1, 2)
+        with session.watching() as third:
+            session.change(3, 1)
+    session.change(0, 1)
+    assert (set(first), set(second), set(third)) == ({1, 2, 3}, set(), {3})
+    await replica.close()

@@ -81,17 +81,19 @@ def is_zero(data: memoryview) -> bool:
 
 def nonzero_extents(data: memoryview) -> Iterator[Run]:
     """(offset, length) of the maximal runs of blocks of `data` that are not all zero."""
-    start = -1
     size = len(data)
-    same = _ZEROS.startswith
-    for offset in range(0, size, BLOCK_SIZE):
-        if same(data[offset : offset + BLOCK_SIZE]):
-            if start >= 0:
+    # Most blocks that hold data begin with a byte that is not zero: only the others are looked at whole.
+    heads = bytes(data[::BLOCK_SIZE])
+    start = 0
+    block = heads.find(0)
+    while block >= 0:
+        offset = block * BLOCK_SIZE
+        if _ZEROS.startswith(data[offset : offset + BLOCK_SIZE]):
+            if offset > start:
                 yield start, offset - start
-                start = -1
-        elif start < 0:
-            start = offset
-    if start >= 0:
+            start = min(offset + BLOCK_SIZE, size)
+        block = heads.find(0, block + 1)
+    if start < size:
         yield start, size - start
 
 

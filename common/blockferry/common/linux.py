@@ -5,6 +5,7 @@ Sources: fallocate(2), lseek(2), ioctl_ficlone(2), ioctl_fiemap(2), fcntl(2) "Le
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ctypes.util
 import enum
@@ -193,14 +194,21 @@ def opened_for_writing(fd: int) -> bool:
     return False
 
 
+def _open_descriptors() -> Iterator[Path]:
+    """`/proc/PID/fd/N` of all other processes that may be looked at. A process may end while one looks."""
+    for process in os.listdir("/proc"):
+        if process.isdigit() and process != str(os.getpid()):
+            with contextlib.suppress(OSError):
+                for number in os.listdir(f"/proc/{process}/fd"):
+                    yield Path(f"/proc/{process}/fd/{number}")
+
+
 def writers_of(path: Path) -> list[str]:
     """`name (pid)` of other processes that have `path` open for writing, as far as this user may look."""
     found = []
     target = path.stat()
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
+    for link in _open_descriptors():
         process = link.parent.parent
-        if process.name == str(os.getpid()):
-            continue
         try:
             info = link.stat()
             if (info.st_dev, info.st_ino) != (target.st_dev, target.st_ino):

@@ -51,7 +51,7 @@ class Session:
     """A flush failed: nothing about the work image can be believed any more (invariant 3)."""
     applying: asyncio.Lock = field(default_factory=asyncio.Lock)
     racing: list[BitMap] = field(default_factory=list)
-    """For every digest being computed, the regions that changed meanwhile."""
+    """For everybody who reads the work image, the regions that changed meanwhile."""
 
     def change(self, first: int, count: int) -> None:
         """These regions change: to be said before the change, and again after it. Whoever reads a region meanwhile
@@ -62,13 +62,13 @@ class Session:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[BitMap]:
-        """The regions that change while the body runs."""
+        """The regions that change in here."""
         changed = BitMap()
         self.racing.append(changed)
         try:
             yield changed
         finally:
-            # By identity: two sets that are equal are not the same one.
+            # By identity: list.remove would take away an equal set that belongs to another reader.
             self.racing = [one for one in self.racing if one is not changed]
 
 
@@ -271,13 +271,13 @@ class Replica:
 
     async def _session_allocation(self, ref: pb.SessionRef, region_size: int) -> AllocationMap:
         async with self._using(ref) as session:
-            with session.watching() as changed:
-                try:
+            try:
+                with session.watching() as changed:
                     found = await session.volume.allocation(region_size or session.geometry.region_size)
-                except BlockferryError as error:
-                    # Looking at the map flushes the image.
-                    session.failed = error
-                    raise
+            except BlockferryError as error:
+                # Looking at the map flushes the image.
+                session.failed = error
+                raise
             if found.geometry == session.geometry:
                 session.allocated = found.regions | changed
             return found
@@ -319,6 +319,11 @@ class Replica:
         self, requests: Sequence[tuple[pb.WriteRegionRequest, memoryview]], ref: pb.SessionRef
     ) -> list[apply.Result]:
         """Check and apply changes of different regions, each with its data."""
+        return await self._to_the_end(self._write_regions(requests, ref))
+
+    async def _write_regions(
+        self, requests: Sequence[tuple[pb.WriteRegionRequest, memoryview]], ref: pb.SessionRef
+    ) -> list[apply.Result]:
         async with self._using(ref) as session, session.applying:
             for request, data in requests:
                 apply.check_write(self.name, session.geometry, request, len(data))
@@ -347,6 +352,9 @@ class Replica:
 
     async def unmap_region(self, request: pb.UnmapRegionRequest, ref: pb.SessionRef) -> apply.Result:
         """Check and apply one change."""
+        return await self._to_the_end(self._unmap_region(request, ref))
+
+    async def _unmap_region(self, request: pb.UnmapRegionRequest, ref: pb.SessionRef) -> apply.Result:
         async with self._using(ref) as session, session.applying:
             apply.check_unmap(self.name, session.geometry, request)
             first = request.offset // session.geometry.region_size

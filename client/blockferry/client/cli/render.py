@@ -78,14 +78,32 @@ class Console:
 
 async def _show_bar(progress: Progress) -> None:
     from rich.console import Console as Terminal
-    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Task,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
     from rich.progress import Progress as Bars
+    from rich.text import Text
+
+    class Amount(DownloadColumn):
+        def render(self, task: Task) -> Text:
+            return super().render(task) if task.fields["counted"] else Text("")
+
+    class Rate(TransferSpeedColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{human_bytes(speed)}/s" if speed and task.fields["counted"] else "")
 
     bars = Bars(
         TextColumn("{task.description:>9}"),
         BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        Amount(binary_units=True),
+        Rate(),
         TextColumn("time left"),
         TimeRemainingColumn(),
         TextColumn("[yellow]{task.fields[note]}"),
@@ -95,11 +113,13 @@ async def _show_bar(progress: Progress) -> None:
 
     def update() -> None:
         for phase in progress.phases[len(shown) :]:
-            shown.append((phase, bars.add_task(phase.name, total=phase.total or None, note="")))
+            shown.append((phase, bars.add_task(phase.name, total=phase.total or None, note="", counted=False)))
         for phase, task in shown:
             # A phase without bytes to count (the map, the commit) is a moving bar, and full when it is over.
             total = phase.total or (1 if phase.over else None)
-            bars.update(task, total=total, completed=phase.done or int(phase.over), note=phase.note())
+            bars.update(
+                task, total=total, completed=phase.done or int(phase.over), note=phase.note(), counted=bool(phase.total)
+            )
 
     with bars:
         try:
