@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -78,8 +79,8 @@ async def campaign(make_stage: Callable[[], Stage], seed: int, kills: int) -> Ca
 
 
 async def _kill_server(stage: Stage, delay: float) -> float | None:
-    """Kill the server `delay` seconds into a sync; the next one starts at once. The seconds the sync took if it was over
-    before."""
+    """Kill the server `delay` seconds into a sync; the next one starts at once. The seconds the sync took if it was
+    over before."""
     began = time.monotonic()
     killer = asyncio.create_task(_later(stage, delay))
     death = await stage.survive(stage.sync())
@@ -101,18 +102,23 @@ async def _kill_client(stage: Stage, delay: float) -> float | None:
     it went on if it was over before."""
     before = stage.session_mark()
     client = stage.start_client()
-    while client.poll() is None and stage.session_mark() == before:
-        await asyncio.sleep(POLL_SECONDS)
-    began = time.monotonic()
-    while client.poll() is None and time.monotonic() - began < delay:
-        await asyncio.sleep(POLL_SECONDS)
-    took = time.monotonic() - began
-    client.kill()
+    took = await asyncio.to_thread(_kill_in_session, stage, client, before, delay)
     done = await asyncio.to_thread(finish, client)
     if done.status == KILLED:
         return None
     assert done.status == 0, done.stderr
     stage.answered(json.loads(done.stdout))
+    return took
+
+
+def _kill_in_session(stage: Stage, client: subprocess.Popen[str], before: int, delay: float) -> float:
+    while client.poll() is None and stage.session_mark() == before:
+        time.sleep(POLL_SECONDS)
+    began = time.monotonic()
+    while client.poll() is None and time.monotonic() - began < delay:
+        time.sleep(POLL_SECONDS)
+    took = time.monotonic() - began
+    client.kill()
     return took
 
 
