@@ -243,7 +243,7 @@ class ChangeStream:
         self._unsaid.append((first, count))
 
     async def _beat(self) -> None:
-        """Renew the lease while there is nothing else to say; at once for the first time, so that it is the stream's."""
+        """Renew the lease while there is nothing else to say; at once, too: from then on it ends with the stream."""
         while True:
             await self.send([])
             await asyncio.sleep(self._session.lease_seconds / 3)

@@ -32,13 +32,16 @@ KEEPALIVE_SECONDS = 10
 """A peer that vanished without closing is noticed after twice this. Both sides must agree, or the server answers
 `too_many_pings`."""
 
+PING_SECONDS = 30
+"""While data is under way a ping queues up behind it, and this is how long it may take. A shorter time would cut off
+slow lines: at 256 kbit/s the kernel's buffer takes 20 s to empty."""
+
 _COMMON_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE),
     ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_SECONDS * 1000),
-    # A ping that measures the bandwidth may be under way already; gRPC then waits for that one, by default a minute.
-    ("grpc.http2.ping_timeout_ms", KEEPALIVE_SECONDS * 1000),
+    ("grpc.http2.ping_timeout_ms", PING_SECONDS * 1000),
     ("grpc.http2.max_pings_without_data", 0),
     # The largest there is: a message of data is then one frame instead of 256. See docs/performance.md.
     ("grpc.http2.max_frame_size", (1 << 24) - 1),
