@@ -17,6 +17,7 @@ from tests.support import command, until
 
 COLUMNS = 160
 
+_STALL = re.compile(r"waiting for the destination for (\d+) s")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -49,10 +50,14 @@ class OnTerminal:
         """Everything drawn so far, without the escape sequences."""
         return _ESCAPES.sub("", bytes(self._drawn).decode(errors="replace"))
 
-    def await_text(self, text: str, timeout: float = 60) -> None:
-        """Wait until `text` has been drawn; fail if the command ends before."""
-        until(lambda: text in self.drawn or self.process.poll() is not None, f"{text!r} is drawn", timeout)
-        assert text in self.drawn, f"ended with {self.process.returncode}:\n{self.drawn[-2000:]}"
+    def await_stall(self, seconds: int, timeout: float = 60) -> None:
+        """Wait until people are told that the destination has not kept up for so long; fail if the command ends."""
+
+        def told() -> bool:
+            return max((int(found) for found in _STALL.findall(self.drawn)), default=0) >= seconds
+
+        until(lambda: told() or self.process.poll() is not None, f"a stall of {seconds} s is shown", timeout)
+        assert told(), f"ended with {self.process.returncode}:\n{self.drawn[-2000:]}"
 
     def finish(self, timeout: float = 60) -> tuple[int, str]:
         """Wait for its end: the exit status and everything it drew."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blockferry.common import disk
+from blockferry.common import disk, rpc
 from blockferry.common.flow import ByteBudget
 from blockferry.common.retention import Retention
 from blockferry.server.pool import Pool
@@ -161,6 +161,20 @@ class Local:
         request = replicas.ReadRegionsRequest(point=pb.PointRef(volume=volume, number=number))
         request.ranges.add(offset=offset, length=length)
         return b"".join([one.data or bytes(one.zeros) async for one in self.replicas.ReadRegions(request, NO_CONTEXT)])
+
+
+@contextlib.asynccontextmanager
+async def served(local: Local) -> AsyncIterator[str]:
+    """Serve it over gRPC from this process; gives the address."""
+    server = rpc.make_server()
+    service = pb.DESCRIPTOR.services_by_name["Replication"]
+    rpc.add_service(server, service, local.replication, raw=local.replication.RAW_METHODS)
+    address = rpc.bind(server, "grpc://127.0.0.1:0", insecure=False)
+    await server.start()
+    try:
+        yield address
+    finally:
+        await server.stop(None)
 
 
 class Stall:

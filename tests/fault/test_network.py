@@ -153,7 +153,7 @@ def test_connections_that_stall_and_go_on(server: Server, tmp_path: Path, volume
         for proxy, directions, _, terminal in syncs:
             until(proxy.stalled.is_set, "the network stands still")
             before = dict(proxy.passed)
-            terminal.await_text("waiting for the destination for 3 s")
+            terminal.await_stall(3)
             assert terminal.process.poll() is None
             for direction in directions:
                 # What was in the proxy's hands when it stopped may still go.
