@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blockferry.common import disk
+from blockferry.common import disk, rpc
+from blockferry.common.flow import ByteBudget
 from blockferry.common.retention import Retention
 from blockferry.server.pool import Pool
 from blockferry.server.replica import Replica
@@ -71,6 +72,11 @@ class Local:
         self.pool._replicas.clear()
         await self.pool.close()
 
+    @property
+    def budget(self) -> ByteBudget:
+        """The bytes of changes that all streams together may have in flight."""
+        return self.replication._budget
+
     def replica(self, volume: str) -> Replica:
         """What a client never sees."""
         return self.pool.get(volume)
@@ -79,7 +85,9 @@ class Local:
 
     async def open(self, volume: str, size: int, **fields: Any) -> pb.OpenSessionResponse:
         """OpenSession."""
-        request = pb.OpenSessionRequest(protocol_version=1, volume=volume, size=size, region_size=REGION, **fields)
+        request = pb.OpenSessionRequest(
+            protocol_version=1, volume=volume, size=size, **{"region_size": REGION, **fields}
+        )
         return await self.replication.OpenSession(request, NO_CONTEXT)
 
     async def write(self, session: pb.SessionRef, offset: int, data: bytes) -> pb.ChangeResult:
@@ -95,12 +103,12 @@ class Local:
         request = pb.UnmapRegionRequest(session=session, offset=offset, length=length)
         return (await self.replication.UnmapRegion(request, NO_CONTEXT)).result
 
-    async def apply(self, messages: Sequence[pb.ApplyChangesRequest]) -> list[pb.ApplyChangesResponse]:
-        """ApplyChanges."""
+    async def apply(self, messages: Sequence[pb.ApplyChangesRequest | bytes]) -> list[pb.ApplyChangesResponse]:
+        """ApplyChanges; bytes go in as they are."""
 
         async def requests() -> AsyncIterator[bytes]:
             for message in messages:
-                yield message.SerializeToString()
+                yield message if isinstance(message, bytes) else message.SerializeToString()
 
         return [answer async for answer in self.replication.ApplyChanges(requests(), NO_CONTEXT)]
 
@@ -153,6 +161,20 @@ class Local:
         request = replicas.ReadRegionsRequest(point=pb.PointRef(volume=volume, number=number))
         request.ranges.add(offset=offset, length=length)
         return b"".join([one.data or bytes(one.zeros) async for one in self.replicas.ReadRegions(request, NO_CONTEXT)])
+
+
+@contextlib.asynccontextmanager
+async def served(local: Local) -> AsyncIterator[str]:
+    """Serve it over gRPC from this process; gives the address."""
+    server = rpc.make_server()
+    service = pb.DESCRIPTOR.services_by_name["Replication"]
+    rpc.add_service(server, service, local.replication, raw=local.replication.RAW_METHODS)
+    address = rpc.bind(server, "grpc://127.0.0.1:0", insecure=False)
+    await server.start()
+    try:
+        yield address
+    finally:
+        await server.stop(None)
 
 
 class Stall:

@@ -32,9 +32,12 @@ class Proxy:
         self.judge: Judge = lambda *_: True
         self.refusing = False
         """Close new connections at once."""
+        self.stalled = threading.Event()
+        """`stall_at` has come to pass."""
         self._going = {UP: threading.Event(), DOWN: threading.Event()}
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
+        self._half_closed: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         for direction in self._going:
             self._going[direction].set()
@@ -66,21 +69,45 @@ class Proxy:
             self._spawn(self._pump, server, client, DOWN)
 
     def _pump(self, source: socket.socket, sink: socket.socket, direction: str) -> None:
-        with contextlib.suppress(OSError):
+        try:
             while data := source.recv(CHUNK):
                 self._going[direction].wait()
                 if not self.judge(direction, self.passed[direction], data):
                     self.cut()
                     return
-                sink.sendall(data)
-                with self._lock:
-                    self.passed[direction] += len(data)
+                if self._send(sink, data):
+                    with self._lock:
+                        self.passed[direction] += len(data)
             sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            # What one side did to its connection happens to the other's: a reset is passed on.
+            self._reset({source, sink})
+
+    def _send(self, sink: socket.socket, data: bytes) -> bool:
+        try:
+            sink.sendall(data)
+        except OSError:
+            if sink not in self._half_closed:
+                raise
+            # Whoever goes on sending into the void is not told.
+            return False
+        return True
 
     def stall(self, *directions: str) -> None:
         """Pass nothing on in these directions until `go`. Connections stay open, as with a network that drops all."""
         for direction in directions:
             self._going[direction].clear()
+
+    def stall_at(self, at: int, *directions: str) -> None:
+        """Stall once `at` bytes have passed upwards, on however fast a machine."""
+
+        def judge(way: str, passed: int, data: bytes) -> bool:
+            if way == UP and passed >= at and not self.stalled.is_set():
+                self.stall(*directions)
+                self.stalled.set()
+            return True
+
+        self.judge = judge
 
     def go(self) -> None:
         """Pass everything on again."""
@@ -93,6 +120,7 @@ class Proxy:
             for one in self._open:
                 towards_server = one.getpeername() == self._target if one.fileno() >= 0 else None
                 if towards_server == (direction == UP):
+                    self._half_closed.add(one)
                     with contextlib.suppress(OSError):
                         one.shutdown(socket.SHUT_WR)
 
@@ -100,7 +128,13 @@ class Proxy:
         """Reset every connection."""
         with self._lock:
             self.cuts += 1
-            doomed, self._open = self._open, set()
+            doomed = set(self._open)
+        self._reset(doomed)
+
+    def _reset(self, doomed: set[socket.socket]) -> None:
+        with self._lock:
+            doomed &= self._open
+            self._open -= doomed
         for one in doomed:
             with contextlib.suppress(OSError):
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

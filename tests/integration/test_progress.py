@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pty
 import re
-import struct
-import subprocess
-import termios
 from pathlib import Path
 
 import pytest
 
 from tests.images import MIB, build, noise
-from tests.support import Server, command, run_cli
+from tests.support import Server, run_cli
+from tests.terminal import on_terminal
 
-ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 BAR = re.compile(
     r"transfer .*? (?P<done>\d+\.\d)/(?P<total>\d+\.\d) MiB +(?P<rate>\d+\.\d) (?P<unit>[kMG]?i?B)/s"
     r" +time left +(?P<left>\d+:\d\d:\d\d)"
 )
 LINE = re.compile(r"transfer: (\d+\.\d) MiB of (\d+\.\d) MiB, (\d+\.\d) (MiB|KiB)/s, time left (\d+:\d\d)")
-COLUMNS = 160
 
 
 @pytest.fixture
@@ -33,27 +26,8 @@ def source(tmp_path: Path) -> Path:
 
 def run_on_terminal(*args: object) -> tuple[int, str]:
     """Run `blockferry` with its stderr on a pseudo-terminal; its status and everything it drew."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
-    try:
-        environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(COLUMNS)}
-        process = subprocess.Popen(command(*args), stdout=subprocess.DEVNULL, stderr=theirs, env=environment)
-    finally:
-        os.close(theirs)
-    drawn = b""
-    try:
-        while True:
-            try:
-                part = os.read(ours, 65536)
-            except OSError:
-                # How Linux says that the last writer has closed the terminal.
-                break
-            if not part:
-                break
-            drawn += part
-    finally:
-        os.close(ours)
-    return process.wait(60), ESCAPES.sub("", drawn.decode())
+    with on_terminal(*args) as terminal:
+        return terminal.finish()
 
 
 def test_a_terminal_shows_bytes_rate_and_time_left(server: Server, volume: str, source: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import grpc
 import grpc.aio
 import pytest
+from blockferry.common import rpc
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.rpc import from_rpc_error, to_status
 from google.rpc import error_details_pb2, status_pb2
@@ -100,3 +104,14 @@ def test_what_a_bare_status_means(status: grpc.StatusCode, details: str, code: C
     error = from_rpc_error(rpc_error(status, details), ADDRESS)
     assert (error.code, error.what) == (code, what)
     assert error.next
+
+
+def test_grpc_knows_every_option() -> None:
+    """It passes over names that it does not know without a word."""
+    found = importlib.util.find_spec("grpc._cython.cygrpc")
+    assert found is not None and found.origin is not None
+    library = Path(found.origin).read_bytes()
+    names = {name for name, _ in [*rpc._SERVER_OPTIONS, *rpc._CLIENT_OPTIONS]}
+    assert len(names) == 14
+    assert {name for name in names if b"%s\0" % name.encode() not in library} == set()
+    assert b"grpc.http2.min_recv_ping_interval_without_data_ms\0" not in library

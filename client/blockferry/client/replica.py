@@ -243,10 +243,10 @@ class ChangeStream:
         self._unsaid.append((first, count))
 
     async def _beat(self) -> None:
-        """Renew the lease while there is nothing else to say."""
+        """Renew the lease while there is nothing else to say; at once, too: from then on it ends with the stream."""
         while True:
-            await asyncio.sleep(self._session.lease_seconds / 3)
             await self.send([])
+            await asyncio.sleep(self._session.lease_seconds / 3)
 
     def stalled(self) -> str:
         """What to tell people while the destination does not keep up; empty if it does."""

@@ -90,17 +90,17 @@ async def sync(source: Volume, destination: Address, options: SyncOptions, progr
         ledger = CommitLedger(options.state_directory or default_state_directory())
         try:
             ledger.reconcile(session.replica_uuid, session.newest_commit_id)
-            progress.start("map")
-            ours, theirs = await asyncio.gather(source.allocation(session.region_size), session.allocation())
-            decided = decide(ours, theirs)
-            watch.lap("map")
-
-            phase = progress.start("transfer")
             stream = ChangeStream(
                 connection, session, RateLimiter(options.bwlimit), options.bytes_in_flight // 2, tally
             )
-            phase.note = stream.stalled
+            # The stream keeps the lease while the maps are drawn, which may take long, and gives it back if we die.
             async with stream:
+                progress.start("map")
+                ours, theirs = await asyncio.gather(source.allocation(session.region_size), session.allocation())
+                decided = decide(ours, theirs)
+                watch.lap("map")
+                phase = progress.start("transfer")
+                phase.note = stream.stalled
                 await Transfer(source, session, stream, decided, options.bytes_in_flight // 2, phase, tally).run()
             crash_point("client-transferred")
             await _refuse_resized_source(source)

@@ -32,12 +32,23 @@ KEEPALIVE_SECONDS = 10
 """A peer that vanished without closing is noticed after twice this. Both sides must agree, or the server answers
 `too_many_pings`."""
 
+PING_SECONDS = 30
+"""While data is under way a ping queues up behind it, and this is how long it may take. A shorter time would cut off
+slow lines: at 256 kbit/s the kernel's buffer takes 20 s to empty."""
+
+WINDOW = 4 * 1024 * 1024
+"""Bytes of a stream that may be on their way to a receiver who does not read on. Left to itself gRPC measures the
+bandwidth and lets this grow to tens of MiB, which pass by every bound of ours."""
+
 _COMMON_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE),
     ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.keepalive_time_ms", KEEPALIVE_SECONDS * 1000),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_SECONDS * 1000),
+    ("grpc.http2.ping_timeout_ms", PING_SECONDS * 1000),
     ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", WINDOW),
     # The largest there is: a message of data is then one frame instead of 256. See docs/performance.md.
     ("grpc.http2.max_frame_size", (1 << 24) - 1),
 ]
@@ -45,7 +56,8 @@ _SERVER_OPTIONS = [
     *_COMMON_OPTIONS,
     # Otherwise a second server binds the same port silently and gets half of the calls.
     ("grpc.so_reuseport", 0),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
+    # Otherwise a client that waits for a disk to go on is cut off for its pings within a minute.
+    ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
 _CLIENT_OPTIONS = [*_COMMON_OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]

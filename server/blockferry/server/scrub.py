@@ -34,8 +34,8 @@ async def verify_point(replica: Replica, number: int) -> AsyncGenerator[pb.Verif
     region_size = store.identity.region_size
     geometry = Geometry(point.size, region_size)
     recorded = await in_thread(store.recorded_digests, point) or DigestCache()
-    await in_thread(_drop_page_cache, store.image(point))
     async with replica.reading(point.number) as volume:
+        await in_thread(_drop_page_cache, store.image(point))
         regions = (await volume.allocation(region_size)).regions | recorded.known
         total = geometry.bytes_in(regions)
         done = 0
