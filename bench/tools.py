@@ -113,7 +113,7 @@ class Blockferry(Tool):
     def command(self, source: Path) -> list[str]:
         state = self.directory.with_name(self.directory.name + "-state")
         return [
-            str(BIN / "blockferry"), "sync", str(source), f"{self._address}/bench", "--json", "--quiet", "--in-place",
+            str(BIN / "blockferry"), "sync", str(source), f"{self._address}/bench", "--json", "--quiet",
             "--state-dir", str(state),
         ]  # fmt: skip
 

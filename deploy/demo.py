@@ -205,8 +205,7 @@ def demonstrate(console: Console, root: Path) -> None:
         target = f"{address}/demo"
 
         def sync() -> dict[str, Any]:
-            # The pool is wherever temporary files are, perhaps on a file system without reflinks.
-            return source.blockferry("sync", source.image.name, target, "--in-place")
+            return source.blockferry("sync", source.image.name, target)
 
         first = sync()
         check(first, 1)

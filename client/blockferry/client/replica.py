@@ -58,7 +58,6 @@ class ReplicaSession:
         *,
         region_size: int = 0,
         grow: bool = False,
-        in_place: bool = False,
         snapshot_id: str = "",
     ) -> ReplicaSession:
         """Take the replica for writing; it is created if it does not exist."""
@@ -77,7 +76,6 @@ class ReplicaSession:
                 size=size,
                 region_size=region_size,
                 grow=grow,
-                in_place=in_place,
                 client=f"{socket.gethostname()} (process {os.getpid()})",
                 snapshot_id=snapshot_id,
             ),

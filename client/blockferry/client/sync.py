@@ -33,7 +33,6 @@ class SyncOptions:
     grow: bool = False
     live: bool = False
     insecure: bool = False
-    in_place: bool = False
     keep: Retention | None = None
     bytes_in_flight: int = BYTES_IN_FLIGHT
     state_directory: Path | None = None
@@ -83,7 +82,6 @@ async def sync(source: Volume, destination: Address, options: SyncOptions, progr
             source.size,
             region_size=options.region_size,
             grow=options.grow,
-            in_place=options.in_place,
             snapshot_id=source.snapshot_id,
         )
         crash_point("client-session-opened")

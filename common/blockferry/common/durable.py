@@ -55,6 +55,13 @@ def rename_durably(source: Path, target: Path) -> None:
     disk.fsync_directory(target.parent)
 
 
+def move_durably(source: Path, target: Path) -> None:
+    """Rename into another directory of the same file system, durably."""
+    disk.rename(source, target)
+    disk.fsync_directory(target.parent)
+    disk.fsync_directory(source.parent)
+
+
 def make_directories(path: Path) -> None:
     """Make a directory (mode 0700) and those missing above it, durably. Where a process died while it made them, the
     lowest directory that exists is what it has not flushed: that one is flushed too."""

@@ -25,6 +25,11 @@ _FALLOC_FL_PUNCH_HOLE = 0x02
 _FALLOC_FL_ZERO_RANGE = 0x10
 _FICLONE = 0x40049409
 
+PUNCH_HOLE = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+"""The mode of fallocate that gives space back."""
+RESERVE = _FALLOC_FL_KEEP_SIZE
+"""The mode of fallocate that takes space for later writes; what was a hole still reads as zeros."""
+
 _libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
@@ -159,7 +164,7 @@ class ZeroingLadder:
         """
         if self.method is Zeroing.PUNCH_HOLE:
             reach = length + 2 * os.sysconf("SC_PAGESIZE") if offset + length >= size else length
-            if self._try(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, reach):
+            if self._try(fd, PUNCH_HOLE, offset, reach):
                 return True
             self.method = Zeroing.ZERO_RANGE
         if self.method is Zeroing.ZERO_RANGE:

@@ -24,7 +24,7 @@ REPLICA_STATE_UPDATING: ReplicaState
 REPLICA_STATE_PROMOTED: ReplicaState
 
 class Replica(_message.Message):
-    __slots__ = ("volume", "replica_uuid", "size", "region_size", "state", "generation", "commit_id", "committed_at_us", "bytes_held", "path", "unsafe", "session_client", "pool")
+    __slots__ = ("volume", "replica_uuid", "size", "region_size", "state", "generation", "commit_id", "committed_at_us", "bytes_held", "path", "session_client", "pool", "kind", "promotion")
     VOLUME_FIELD_NUMBER: _ClassVar[int]
     REPLICA_UUID_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -35,9 +35,10 @@ class Replica(_message.Message):
     COMMITTED_AT_US_FIELD_NUMBER: _ClassVar[int]
     BYTES_HELD_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
-    UNSAFE_FIELD_NUMBER: _ClassVar[int]
     SESSION_CLIENT_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    PROMOTION_FIELD_NUMBER: _ClassVar[int]
     volume: str
     replica_uuid: bytes
     size: int
@@ -48,10 +49,23 @@ class Replica(_message.Message):
     committed_at_us: int
     bytes_held: int
     path: str
-    unsafe: bool
     session_client: str
     pool: str
-    def __init__(self, volume: _Optional[str] = ..., replica_uuid: _Optional[bytes] = ..., size: _Optional[int] = ..., region_size: _Optional[int] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., generation: _Optional[int] = ..., commit_id: _Optional[bytes] = ..., committed_at_us: _Optional[int] = ..., bytes_held: _Optional[int] = ..., path: _Optional[str] = ..., unsafe: bool = ..., session_client: _Optional[str] = ..., pool: _Optional[str] = ...) -> None: ...
+    kind: str
+    promotion: Promotion
+    def __init__(self, volume: _Optional[str] = ..., replica_uuid: _Optional[bytes] = ..., size: _Optional[int] = ..., region_size: _Optional[int] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., generation: _Optional[int] = ..., commit_id: _Optional[bytes] = ..., committed_at_us: _Optional[int] = ..., bytes_held: _Optional[int] = ..., path: _Optional[str] = ..., session_client: _Optional[str] = ..., pool: _Optional[str] = ..., kind: _Optional[str] = ..., promotion: _Optional[_Union[Promotion, _Mapping]] = ...) -> None: ...
+
+class Promotion(_message.Message):
+    __slots__ = ("generation", "commit_id", "promoted_at_us", "path")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_ID_FIELD_NUMBER: _ClassVar[int]
+    PROMOTED_AT_US_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    commit_id: bytes
+    promoted_at_us: int
+    path: str
+    def __init__(self, generation: _Optional[int] = ..., commit_id: _Optional[bytes] = ..., promoted_at_us: _Optional[int] = ..., path: _Optional[str] = ...) -> None: ...
 
 class ListReplicasRequest(_message.Message):
     __slots__ = ()
@@ -160,12 +174,14 @@ class PromoteReplicaRequest(_message.Message):
     def __init__(self, point: _Optional[_Union[_replication_pb2.PointRef, _Mapping]] = ..., confirm: _Optional[str] = ...) -> None: ...
 
 class PromoteReplicaResponse(_message.Message):
-    __slots__ = ("path", "commit_id")
-    PATH_FIELD_NUMBER: _ClassVar[int]
-    COMMIT_ID_FIELD_NUMBER: _ClassVar[int]
-    path: str
-    commit_id: bytes
-    def __init__(self, path: _Optional[str] = ..., commit_id: _Optional[bytes] = ...) -> None: ...
+    __slots__ = ("bytes_done", "bytes_total", "promotion")
+    BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PROMOTION_FIELD_NUMBER: _ClassVar[int]
+    bytes_done: int
+    bytes_total: int
+    promotion: Promotion
+    def __init__(self, bytes_done: _Optional[int] = ..., bytes_total: _Optional[int] = ..., promotion: _Optional[_Union[Promotion, _Mapping]] = ...) -> None: ...
 
 class DemoteReplicaRequest(_message.Message):
     __slots__ = ("volume", "keep_changes", "confirm")
@@ -196,3 +212,23 @@ class DeleteReplicaRequest(_message.Message):
 class DeleteReplicaResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class AdoptReplicaRequest(_message.Message):
+    __slots__ = ("volume", "seed", "region_size", "pool")
+    VOLUME_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    REGION_SIZE_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    volume: str
+    seed: str
+    region_size: int
+    pool: str
+    def __init__(self, volume: _Optional[str] = ..., seed: _Optional[str] = ..., region_size: _Optional[int] = ..., pool: _Optional[str] = ...) -> None: ...
+
+class AdoptReplicaResponse(_message.Message):
+    __slots__ = ("size", "region_size")
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    REGION_SIZE_FIELD_NUMBER: _ClassVar[int]
+    size: int
+    region_size: int
+    def __init__(self, size: _Optional[int] = ..., region_size: _Optional[int] = ...) -> None: ...

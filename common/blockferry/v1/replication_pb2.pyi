@@ -43,14 +43,13 @@ class PointRef(_message.Message):
     def __init__(self, volume: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("protocol_version", "capabilities", "volume", "size", "region_size", "grow", "in_place", "client", "snapshot_id", "resume_session_id")
+    __slots__ = ("protocol_version", "capabilities", "volume", "size", "region_size", "grow", "client", "snapshot_id", "resume_session_id")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     VOLUME_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
     REGION_SIZE_FIELD_NUMBER: _ClassVar[int]
     GROW_FIELD_NUMBER: _ClassVar[int]
-    IN_PLACE_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_ID_FIELD_NUMBER: _ClassVar[int]
     RESUME_SESSION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -60,11 +59,10 @@ class OpenSessionRequest(_message.Message):
     size: int
     region_size: int
     grow: bool
-    in_place: bool
     client: str
     snapshot_id: str
     resume_session_id: str
-    def __init__(self, protocol_version: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., volume: _Optional[str] = ..., size: _Optional[int] = ..., region_size: _Optional[int] = ..., grow: bool = ..., in_place: bool = ..., client: _Optional[str] = ..., snapshot_id: _Optional[str] = ..., resume_session_id: _Optional[str] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., volume: _Optional[str] = ..., size: _Optional[int] = ..., region_size: _Optional[int] = ..., grow: bool = ..., client: _Optional[str] = ..., snapshot_id: _Optional[str] = ..., resume_session_id: _Optional[str] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
     __slots__ = ("protocol_version", "capabilities", "session", "replica_uuid", "digest_key", "region_size", "size", "generation", "commit_id", "lease_ms", "bytes_in_flight", "durable_regions")

@@ -164,7 +164,7 @@ async def write_regions(volume: Volume, key: bytes, changes: Sequence[Write]) ->
         if change.request.zeros:
             start = change.request.offset
             extents = [(start + extent.offset, extent.length) for extent in change.request.zeros]
-            await _unmap(volume, extents, change.result)
+            await zero_out(volume, extents, change.result)
     for change, value in zip(known, found, strict=True):
         change.result.digest = value
     for change in changes:
@@ -188,11 +188,12 @@ async def _read(volume: Volume, change: Write) -> memoryview:
 async def unmap_region(volume: Volume, request: pb.UnmapRegionRequest) -> Result:
     """Apply a checked request."""
     result = Result()
-    await _unmap(volume, [(request.offset, request.length)], result)
+    await zero_out(volume, [(request.offset, request.length)], result)
     return result
 
 
-async def _unmap(volume: Volume, extents: list[tuple[int, int]], result: Result) -> None:
+async def zero_out(volume: Volume, extents: list[tuple[int, int]], result: Result) -> None:
+    """Make ranges read as zeros, without reading where the volume can deallocate."""
     freed, left = await volume.deallocate(extents)
     # What is left reads as before: it is looked at before the first zero is written over it.
     differing = [found for offset, length in left for found in await _not_zero(volume, offset, length, result)]

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from blake3 import blake3
 from blockferry.common.digests import REGION_DIGEST_SIZE
 from blockferry.common.durable import write_unsynced
+from blockferry.server.sealed import seal, unseal
 from pyroaring import BitMap
 
 FORMAT = 1
 _MAGIC = b"BFDIGEST"
-_CHECKSUM_SIZE = 32
 _PAGE_REGIONS = 1024
 """Regions per page: memory follows what is known (16 KiB per GiB at the default region size), not the volume's size."""
 
@@ -91,31 +90,23 @@ class _Header(msgspec.Struct, frozen=True):
 
 
 def encode(cache: DigestCache, commit_id: bytes, region_size: int) -> bytes:
-    """The bytes of a digest file: magic, header length, header, known regions, digests, checksum."""
+    """The bytes of a digest file: known regions, then their digests."""
     known = cache.known.serialize()
-    header = msgspec.json.encode(_Header(FORMAT, commit_id.hex(), region_size, len(known)))
-    body = b"".join(
-        [_MAGIC, len(header).to_bytes(4, "little"), header, known, *(digest for _, digest in cache.items())]
-    )
-    return body + blake3(body).digest()
+    header = _Header(FORMAT, commit_id.hex(), region_size, len(known))
+    return seal(_MAGIC, header, [known, *(digest for _, digest in cache.items())])
 
 
 def decode(data: bytes, commit_id: bytes, region_size: int) -> DigestCache | None:
     """The cache of a digest file, or None where the file is damaged, of another format or of another generation."""
-    body = data[:-_CHECKSUM_SIZE]
-    if not body.startswith(_MAGIC) or blake3(body).digest() != data[-_CHECKSUM_SIZE:]:
+    found = unseal(_MAGIC, _Header, data)
+    if found is None:
         return None
-    start = len(_MAGIC) + 4
-    header_end = start + int.from_bytes(body[len(_MAGIC) : start], "little")
-    try:
-        header = msgspec.json.decode(body[start:header_end], type=_Header)
-    except msgspec.MsgspecError:
-        return None
+    header, body = found
     if (header.format, header.commit_id, header.region_size) != (FORMAT, commit_id.hex(), region_size):
         return None
     cache = DigestCache()
-    position = header_end + header.known_length
-    for region in BitMap.deserialize(body[header_end:position]):
+    position = header.known_length
+    for region in BitMap.deserialize(body[:position]):
         cache.put(region, body[position : position + REGION_DIGEST_SIZE])
         position += REGION_DIGEST_SIZE
     return cache if position == len(body) else None

@@ -6,21 +6,26 @@ import asyncio
 import fcntl
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 import structlog
-from blockferry.common import linux
+from blockferry.common import disk, linux
 from blockferry.common.address import check_volume_name
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import DEFAULT_REGION_SIZE, check_region_size
 from blockferry.common.retention import Retention
 from blockferry.common.volumes import in_thread
+from blockferry.server import handover
 from blockferry.server.replica import Replica
 from blockferry.server.store import NEW_PREFIX, Store
 
 log = structlog.get_logger("blockferry.pool")
 
 _LOCK = ".blockferry-lock"
+_DELETED_PREFIX = ".deleted-"
+SEEDS = ".seeds"
+"""Where an administrator puts images that are to be adopted."""
 
 
 class Pool:
@@ -46,6 +51,8 @@ class Pool:
             await in_thread(pool._open)
         except OSError as error:
             raise from_os_error(error, f"cannot use {path} as a pool") from error
+        for replica in pool.list():
+            replica.complete_soon()
         return pool
 
     def _open(self) -> None:
@@ -68,7 +75,7 @@ class Pool:
             ) from error
         self.clones = _can_clone(self.path)
         for entry in sorted(self.path.iterdir()):
-            if entry.name.startswith(NEW_PREFIX):
+            if entry.name.startswith((NEW_PREFIX, _DELETED_PREFIX)):
                 shutil.rmtree(entry)
             elif entry.is_dir() and not entry.name.startswith("."):
                 try:
@@ -132,6 +139,27 @@ class Pool:
                     ) from error
                 self._replicas[name] = Replica(name, self.name, store, self._lease, self._floor)
             return self._replicas[name]
+
+    async def delete(self, replica: Replica) -> None:
+        """Remove a replica and all its recovery points. Raises IN_USE or WRONG_STATE."""
+        await replica.retire_for_good()
+        grave = self.path / f"{_DELETED_PREFIX}{uuid.uuid4().hex}"
+        try:
+            await in_thread(disk.rename, self.path / replica.name, grave)
+            await in_thread(disk.fsync_directory, self.path)
+        except OSError as error:
+            raise from_os_error(error, f"cannot delete {replica.name}", volume=replica.name) from error
+        del self._replicas[replica.name]
+        disk.crash_point("delete-renamed")
+        # Whatever is left of it goes with the next start.
+        await in_thread(shutil.rmtree, grave, ignore_errors=True)
+
+    async def adopt(self, name: str, seed: str, region_size: int) -> tuple[Replica, int]:
+        """Make `seed`, a file in the pool's `.seeds` directory, the start of a first sync; returns the replica and its
+        size in bytes."""
+        path = self.path / SEEDS / check_volume_name(seed)
+        replica = await self.get_or_create(name, region_size)
+        return replica, await handover.adopt(replica, path)
 
     def find_session(self, session_id: str) -> Replica | None:
         """The replica with this open session."""

@@ -1,4 +1,4 @@
-"""A live replica: its open session, the gate in front of its writes, and the life of its recovery points."""
+"""A live replica: its open session and the gate in front of its writes. points.py and handover.py have the rest."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ import structlog
 from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import AllocationMap, Geometry, Run, runs_of
-from blockferry.common.retention import Retention, reasons_to_keep
-from blockferry.common.volumes import ImageVolume, Volume, in_thread
+from blockferry.common.retention import Retention
+from blockferry.common.volumes import Volume, in_thread
 from blockferry.server import apply
 from blockferry.server.cache import DigestCache
 from blockferry.server.gate import Gate
+from blockferry.server.generations import Point
+from blockferry.server.points import Points
 from blockferry.server.session import Event, State, state_at_rest, transition
-from blockferry.server.store import Point, SessionRecord, Store
+from blockferry.server.store import SessionRecord, Store
 from blockferry.v1 import replication_pb2 as pb
 from pyroaring import BitMap
 
@@ -82,20 +84,24 @@ class Replica:
         self.session: Session | None = None
         self.lease_seconds = lease
         """Seconds without a call after which a session may be taken over."""
-        self._floor = floor
-        self._gate = Gate()
-        self._pins: dict[int, float] = {}
-        self._readers: dict[int, int] = {}
-        self._overwriting = False
+        self.points = Points(name, store, floor, lease)
+        self.gate = Gate()
+        self.gone = False
+        """It was deleted."""
+        self._completing = asyncio.Lock()
         self._unfinished: set[asyncio.Task[object]] = set()
-        self.state = self._state_at_rest()
+        self.state = self.state_at_rest()
 
-    def _state_at_rest(self) -> State:
+    def state_at_rest(self) -> State:
+        """The state without a session, by what is on the disk."""
+        generations = self.store.generations
         return state_at_rest(
-            committed=self.store.newest is not None, started=self.store.session.epoch > 0, promoted=False
+            committed=generations.newest is not None,
+            started=self.store.session.epoch > 0 or generations.adopted_size is not None,
+            promoted=generations.promoted is not None,
         )
 
-    async def _to_the_end(self, work: Coroutine[object, object, T]) -> T:
+    async def to_the_end(self, work: Coroutine[object, object, T]) -> T:
         """Finish `work` even if the caller gives up: a client that goes away must not leave the replica between two
         states, and the outcome of a flush must not get lost (the kernel tells it once)."""
         task = asyncio.create_task(work)
@@ -111,7 +117,7 @@ class Replica:
         WRONG_STATE before anything changes."""
         opened: list[Session] = []
         try:
-            return await self._to_the_end(self._open_session(request, opened))
+            return await self.to_the_end(self._open_session(request, opened))
         except asyncio.CancelledError:
             # Nobody is left to hear of the session: the next one need not wait for it.
             self._unfinished.add(task := asyncio.create_task(self._forsake(opened)))
@@ -119,32 +125,26 @@ class Replica:
             raise
 
     async def _forsake(self, opened: list[Session]) -> None:
-        async with self._gate.closed():
+        async with self.gate.closed():
             for session in opened:
                 session.last_seen = -self.lease_seconds
 
     async def _open_session(self, request: pb.OpenSessionRequest, opened: list[Session]) -> Session:
-        async with self._gate.closed():
-            self._refuse_if_held(request)
+        async with self.gate.closed():
+            self._refuse_if_gone()
+            self._refuse_if_held(request.resume_session_id)
             self._refuse_other_geometry(request)
-            self._refuse_overwriting(request)
             state = transition(self.name, self.state, Event.OPEN)
-            # From here on nobody begins to read what is about to be overwritten.
-            self._overwriting = not self.store.clones
             try:
-                await self._end_session()
+                await self.end_session()
+                await self.complete()
                 self.session = await self._begin(request)
             except (OSError, BlockferryError) as error:
                 # What the disk holds by now decides.
-                await in_thread(self._reopen)
-                self.state = self._state_at_rest()
-                ours = _as_ours(error, f"cannot open a session of {self.name}")
+                await self.believe_the_disk()
+                ours = as_ours(error, f"cannot open a session of {self.name}")
                 ours.volume = self.name
                 raise ours from error
-            finally:
-                self._overwriting = False
-            if self.store.overwritten and state is State.UPDATING:
-                state = transition(self.name, state, Event.OVERWRITE)
             self.state = state
             opened.append(self.session)
             return self.session
@@ -153,21 +153,31 @@ class Replica:
         record = SessionRecord(self.store.session.epoch + 1, uuid.uuid4().hex, request.size, request.client[:256])
         await in_thread(self.store.write_session, record)
         crash_point("open-epoch-durable")
-        settled, digests = await in_thread(self.store.begin_work, request.size, request.snapshot_id)
+        work, settled, digests = await self.store.begin_work(request.size, request.snapshot_id)
         return Session(
             session_id=record.session_id,
             epoch=record.epoch,
             client=record.client,
             geometry=Geometry(request.size, self.store.identity.region_size),
-            volume=await ImageVolume.open(self.store.work, writable=True),
+            volume=work,
             snapshot_id=request.snapshot_id,
             settled=settled,
             digests=digests,
         )
 
-    def _refuse_if_held(self, request: pb.OpenSessionRequest) -> None:
+    def _refuse_if_gone(self) -> None:
+        if self.gone:
+            raise BlockferryError(
+                Code.NOT_FOUND,
+                f"there is no replica {self.name}",
+                cause="it was deleted a moment ago",
+                next="run it again to make a new one",
+                volume=self.name,
+            )
+
+    def _refuse_if_held(self, resume_session_id: str) -> None:
         held = self.session
-        if held is None or held.session_id == request.resume_session_id:
+        if held is None or held.session_id == resume_session_id:
             return
         left = self.lease_seconds - (time.monotonic() - held.last_seen)
         if left > 0:
@@ -180,7 +190,8 @@ class Replica:
             )
 
     def _refuse_other_geometry(self, request: pb.OpenSessionRequest) -> None:
-        identity, size = self.store.identity, self.store.committed_size
+        identity, generations = self.store.identity, self.store.generations
+        size = generations.committed_size or generations.adopted_size
         if request.region_size not in (0, identity.region_size):
             raise BlockferryError(
                 Code.REGION_SIZE_MISMATCH,
@@ -204,28 +215,6 @@ class Replica:
             volume=self.name,
             expected=str(size),
             found=str(request.size),
-        )
-
-    def _refuse_overwriting(self, request: pb.OpenSessionRequest) -> None:
-        if self.store.clones or self.store.newest is None:
-            return
-        if request.in_place:
-            if not self._readers:
-                return
-            raise BlockferryError(
-                Code.IN_USE,
-                f"{self.name} cannot be overwritten now",
-                cause="its only committed generation is being read",
-                next="wait until the verify, plan or sync that reads it is over",
-                volume=self.name,
-            )
-        raise BlockferryError(
-            Code.UNSUPPORTED,
-            f"{self.name} cannot be updated safely",
-            cause=f"the file system of pool {self.pool} cannot clone files, so an update would overwrite the only "
-            "committed generation",
-            next="move the pool to XFS or Btrfs, or say --in-place to go without a consistent replica while it runs",
-            volume=self.name,
         )
 
     # --- fenced use -----------------------------------------------------------------------------------------------
@@ -252,7 +241,7 @@ class Replica:
     async def _using(self, ref: pb.SessionRef) -> AsyncIterator[Session]:
         """Pass the gate as the session `ref` names: nobody else opens, commits or ends it meanwhile. Never wait for a
         client inside: whoever wants to take over waits for whoever is in here."""
-        async with self._gate.passing():
+        async with self.gate.passing():
             try:
                 yield self._checked(ref)
             except BlockferryError as error:
@@ -267,7 +256,7 @@ class Replica:
 
     async def session_allocation(self, ref: pb.SessionRef, region_size: int) -> AllocationMap:
         """The map of the work image."""
-        return await self._to_the_end(self._session_allocation(ref, region_size))
+        return await self.to_the_end(self._session_allocation(ref, region_size))
 
     async def _session_allocation(self, ref: pb.SessionRef, region_size: int) -> AllocationMap:
         async with self._using(ref) as session:
@@ -323,7 +312,7 @@ class Replica:
         self, requests: Sequence[tuple[pb.WriteRegionRequest, memoryview]], ref: pb.SessionRef
     ) -> list[apply.Result]:
         """Check and apply changes of different regions, each with its data."""
-        return await self._to_the_end(self._write_regions(requests, ref))
+        return await self.to_the_end(self._write_regions(requests, ref))
 
     async def _write_regions(
         self, requests: Sequence[tuple[pb.WriteRegionRequest, memoryview]], ref: pb.SessionRef
@@ -356,7 +345,7 @@ class Replica:
 
     async def unmap_region(self, request: pb.UnmapRegionRequest, ref: pb.SessionRef) -> apply.Result:
         """Check and apply one change."""
-        return await self._to_the_end(self._unmap_region(request, ref))
+        return await self.to_the_end(self._unmap_region(request, ref))
 
     async def _unmap_region(self, request: pb.UnmapRegionRequest, ref: pb.SessionRef) -> apply.Result:
         async with self._using(ref) as session, session.applying:
@@ -391,7 +380,7 @@ class Replica:
 
     async def flush(self, ref: pb.SessionRef) -> None:
         """Make all that is applied durable, and note how far an immutable snapshot has come (invariant 5)."""
-        await self._to_the_end(self._flush(ref))
+        await self.to_the_end(self._flush(ref))
 
     async def _flush(self, ref: pb.SessionRef) -> None:
         async with self._using(ref) as session:
@@ -402,7 +391,7 @@ class Replica:
                 if session.snapshot_id:
                     await in_thread(self.store.write_progress, session.snapshot_id, session.geometry.size, settled)
             except (OSError, BlockferryError) as error:
-                session.failed = _as_ours(error, f"cannot flush {self.name}")
+                session.failed = as_ours(error, f"cannot flush {self.name}")
                 raise session.failed from error
             crash_point("checkpoint-recorded")
 
@@ -416,25 +405,25 @@ class Replica:
 
     async def abort(self, ref: pb.SessionRef, *, discard: bool) -> None:
         """End a session without a commit; a session that is not open any more is left alone."""
-        await self._to_the_end(self._abort(ref, discard))
+        await self.to_the_end(self._abort(ref, discard))
 
     async def _abort(self, ref: pb.SessionRef, discard: bool) -> None:
-        async with self._gate.closed():
+        async with self.gate.closed():
             held = self.session
             if held is None or (held.session_id, held.epoch) != (ref.session_id, ref.epoch):
                 return
-            await self._end_session()
+            await self.end_session()
             if discard:
-                await in_thread(self.store.discard_work)
+                await self.store.discard_work()
             self.state = transition(self.name, self.state, Event.CLOSE)
 
     async def commit(self, ref: pb.SessionRef, commit_id: bytes, keep: Retention | None) -> Point:
         """Make the session's content the newest generation (invariant 3). Idempotent by commit id."""
-        return await self._to_the_end(self._commit(ref, commit_id, keep))
+        return await self.to_the_end(self._commit(ref, commit_id, keep))
 
     async def _commit(self, ref: pb.SessionRef, commit_id: bytes, keep: Retention | None) -> Point:
-        async with self._gate.closed():
-            done = self.store.committed(commit_id)
+        async with self.gate.closed():
+            done = self.store.generations.committed(commit_id)
             if done is not None:
                 return done
             session = self._checked(ref)
@@ -443,125 +432,110 @@ class Replica:
                 await session.volume.flush()
                 crash_point("commit-flushed")
                 if keep is not None:
-                    await in_thread(self.store.set_keep, keep)
+                    await in_thread(self.store.generations.set_keep, keep)
                     crash_point("commit-rules-kept")
-                point = await in_thread(self.store.commit, commit_id, session.geometry.size, session.digests)
+                point = await self.store.commit(session.volume, commit_id, session.geometry.size, session.digests)
             except (OSError, BlockferryError) as error:
                 # Nothing about the session can be believed; read back what the disk says.
-                session.failed = _as_ours(error, f"cannot commit {self.name}")
-                await self._end_session()
-                await in_thread(self._reopen)
-                await in_thread(self.store.discard_work)
-                self.state = self._state_at_rest()
+                session.failed = as_ours(error, f"cannot commit {self.name}")
+                await self.end_session(discard=False)
+                await self.believe_the_disk()
+                await self.store.discard_work()
+                session.failed.volume = self.name
                 raise session.failed from error
-            await self._end_session()
+            await self.end_session()
             self.state = state
-            await self._retire()
+            await self.points.retire()
             crash_point("commit-unanswered")
-            return point
+        self.complete_soon()
+        return point
 
-    async def _end_session(self) -> None:
+    async def end_session(self, *, discard: bool = True) -> None:
+        """End the open session, if there is one; the caller has closed the gate. What a failed one has done is given up
+        unless the caller sees to that."""
         session, self.session = self.session, None
         if session is not None:
-            await session.volume.close()
-            if session.failed is not None:
-                await in_thread(self.store.discard_work)
+            await self.store.content.end(session.volume)
+            if session.failed is not None and discard:
+                await self.store.discard_work()
 
-    def _reopen(self) -> None:
+    async def believe_the_disk(self) -> None:
+        """Take the state from the disk after a failure; the caller has closed the gate."""
         try:
-            store = Store(self.store.directory, clones=self.store.clones)
+            await self.store.reload()
         except (OSError, BlockferryError) as error:
             # What was believed so far is all there is to go by; whatever needs the disk will fail again.
             log.error("cannot read a replica back", volume=self.name, error=str(error))
-            return
-        self.store.abandon()
-        self.store = store
+        self.state = self.state_at_rest()
+
+    # --- after a commit -------------------------------------------------------------------------------------------
+
+    async def complete(self) -> None:
+        """See to it that the newest generation is one complete image."""
+        async with self._completing:
+            await self.store.complete()
+
+    def complete_soon(self) -> None:
+        """Begin to, and let nobody wait for it."""
+        if self.path is None and self.store.generations.newest is not None:
+            self._unfinished.add(task := asyncio.create_task(self._complete_alone(), name=f"complete-{self.name}"))
+            task.add_done_callback(self._unfinished.discard)
+
+    async def _complete_alone(self) -> None:
+        try:
+            await self.complete()
+        except (OSError, BlockferryError) as error:
+            # Readers read through the journal. The next session, or the next start, tries again.
+            log.error("cannot apply the journal", volume=self.name, error=str(error))
 
     async def close(self) -> None:
         """End whatever is open; work done so far stays for the next session."""
-        async with self._gate.closed():
-            await self._end_session()
+        async with self.gate.closed():
+            await self.end_session()
+            for task in [one for one in self._unfinished if one.get_name().startswith("complete-")]:
+                # It goes on where it was at the next start.
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
             crash_point("shutdown-sessions-ended")
             await in_thread(self.store.close)
 
-    # --- recovery points ------------------------------------------------------------------------------------------
-
-    def kept(self) -> dict[int, list[str]]:
-        """Why each point is kept, by number; a point without a reason goes with the next commit."""
-        now = time.monotonic()
-        self._pins = {number: until for number, until in self._pins.items() if until > now}
-        points = [(point.number, point.committed_at_us) for point in self.store.points]
-        return dict(reasons_to_keep(points, (self.store.keep, self._floor), {*self._pins, *self._readers}))
-
-    async def _retire(self) -> None:
-        for point in list(self.store.points):
-            # Asked anew each time: somebody may have begun to read it while the last one was dropped.
-            if self.kept()[point.number]:
-                continue
-            try:
-                await in_thread(self.store.drop, point)
-            except OSError as error:
-                # The commit stands. The next one tries again, with what the disk says is there.
-                log.error("cannot drop a recovery point", volume=self.name, number=point.number, error=str(error))
-                await in_thread(self._reopen)
-                return
-
-    def resolve(self, number: int) -> Point:
-        """The generation with this number (0: the newest), or NOT_FOUND."""
-        point = self.store.point(number)
-        if point is None or self._overwriting:
-            raise BlockferryError(
-                Code.NOT_FOUND,
-                f"{self.name} has no {f'generation {number}' if number else 'committed generation'}",
-                cause=self._why_missing(),
-                next="list what there is with blockferry replica points" if number else "sync to it first",
-                volume=self.name,
-            )
-        return point
-
-    def _why_missing(self) -> str:
-        if self._overwriting or self.store.overwritten:
-            return "it is being overwritten in place"
-        return "retention may have dropped it" if self.store.points else "its first sync has not finished"
-
-    @contextlib.asynccontextmanager
-    async def reading(self, number: int) -> AsyncIterator[Volume]:
-        """A committed generation as a read-only volume; it is kept at least for a lease after its last use."""
-        point = self.resolve(number)
-        self._readers[point.number] = self._readers.get(point.number, 0) + 1
-        try:
-            volume = await ImageVolume.open(self.store.image(point))
-            try:
-                yield volume
-            finally:
-                await volume.close()
-        finally:
-            self._pins[point.number] = time.monotonic() + self.lease_seconds
-            self._readers[point.number] -= 1
-            if not self._readers[point.number]:
-                del self._readers[point.number]
-
-    @contextlib.asynccontextmanager
-    async def reading_start(self) -> AsyncIterator[Volume]:
-        """What the next session would start from, where nothing is committed: the work of an unfinished first sync."""
-        if not self.store.work.exists() or self.store.work.stat().st_size == 0:
-            self.resolve(0)
-        volume = await ImageVolume.open(self.store.work)
-        try:
-            yield volume
-        finally:
-            await volume.close()
+    async def retire_for_good(self) -> None:
+        """Let go of the replica, which is about to be deleted. Raises IN_USE or WRONG_STATE, and then nothing has
+        changed."""
+        async with self.gate.closed():
+            self._refuse_if_held("")
+            if self.state is State.PROMOTED:
+                raise BlockferryError(
+                    Code.WRONG_STATE,
+                    f"cannot delete {self.name}",
+                    cause="it is promoted: somebody may be using it",
+                    next="demote it first",
+                    volume=self.name,
+                )
+            if self.points.in_use:
+                raise BlockferryError(
+                    Code.IN_USE,
+                    f"cannot delete {self.name}",
+                    cause="a recovery point of it is being read",
+                    next="wait until the verify, plan or sync that reads it is over",
+                    volume=self.name,
+                )
+            self.gone = True
+            await self.end_session()
+            async with self._completing:
+                await in_thread(self.store.abandon)
 
     @property
     def path(self) -> Path | None:
-        """The image of the newest committed generation."""
-        newest = self.store.newest
-        return self.store.image(newest) if newest is not None else None
+        """The complete image of the newest committed generation; None for a moment while a journal is applied."""
+        newest = self.store.generations.newest
+        return self.store.content.path(newest) if newest is not None else None
 
 
 def _length(session: Session, piece_size: int, run: Run) -> int:
     return min(run[1] * piece_size, session.geometry.size - run[0] * piece_size)
 
 
-def _as_ours(error: OSError | BlockferryError, what: str) -> BlockferryError:
+def as_ours(error: OSError | BlockferryError, what: str) -> BlockferryError:
+    """The error as one of ours."""
     return from_os_error(error, what) if isinstance(error, OSError) else error

@@ -1,22 +1,29 @@
-"""The Replicas service: looking at replicas and reading their committed generations."""
+"""The Replicas service: looking at replicas, reading their committed generations, and handing them over."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
+from blockferry.common.address import check_volume_name
 from blockferry.common.digests import is_zero
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.volumes import in_thread
+from blockferry.server import handover
+from blockferry.server.generations import Promotion
 from blockferry.server.pool import Pool
 from blockferry.server.replica import Replica
 from blockferry.server.scrub import verify_point
 from blockferry.v1 import replicas_pb2 as pb
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+PROGRESS_SECONDS = 1.0
+"""Between two messages of something that takes long."""
 
 READ_SIZE = 1024 * 1024
 """Bytes of data per message of ReadRegions."""
@@ -39,23 +46,25 @@ class ReplicasService:
     ) -> pb.ListRecoveryPointsResponse:
         replica = self._pool.get(request.volume)
         response = pb.ListRecoveryPointsResponse()
-        kept = replica.kept()
-        for point in reversed(list(replica.store.points)):
+        kept = replica.points.kept()
+        content, generations = replica.store.content, replica.store.generations
+        for point in reversed(list(generations.points)):
             try:
-                held, problem = await in_thread(replica.store.bytes_held, point), ""
+                problem = await in_thread(content.problem, point)
+                held = 0 if problem else await in_thread(content.bytes_held, point)
             except OSError as error:
-                if replica.store.point(point.number) is None:
-                    # Dropped while the others were looked at.
-                    continue
                 # One that cannot be looked at hides none of the others.
-                held, problem = 0, _problem(error)
+                held, problem = 0, f"it cannot be looked at: {os.strerror(error.errno or 0).lower()}"
+            if generations.point(point.number) is None:
+                # Dropped while the others were looked at.
+                continue
             response.points.add(
                 number=point.number,
                 commit_id=point.commit_id,
                 committed_at_us=point.committed_at_us,
                 size=point.size,
                 bytes_held=held,
-                path=str(replica.store.image(point)),
+                path=str(content.path(point) or ""),
                 kept_by=kept[point.number],
                 problem=problem,
             )
@@ -71,7 +80,7 @@ class ReplicasService:
 
     async def ReadRegions(self, request: pb.ReadRegionsRequest, _: Context) -> AsyncIterator[pb.ReadRegionsResponse]:
         replica = self._pool.get(request.point.volume)
-        async with replica.reading(request.point.number) as volume:
+        async with replica.points.reading(request.point.number) as volume:
             for wanted in request.ranges:
                 if wanted.length < 1 or wanted.offset + wanted.length > volume.size:
                     raise BlockferryError(
@@ -93,22 +102,74 @@ class ReplicasService:
                     else:
                         yield pb.ReadRegionsResponse(offset=offset, data=bytes(part))
 
+    # --- handing over ---------------------------------------------------------------------------------------------
 
-def _problem(error: OSError) -> str:
-    """What an image that cannot be opened means for its recovery point."""
-    if isinstance(error, FileNotFoundError):
-        return "its image is missing"
-    return f"its image cannot be looked at: {os.strerror(error.errno).lower() if error.errno else error}"
+    async def PromoteReplica(
+        self, request: pb.PromoteReplicaRequest, _: Context
+    ) -> AsyncIterator[pb.PromoteReplicaResponse]:
+        replica = self._pool.get(request.point.volume)
+        _check_confirmed(request.confirm, replica.name)
+        state = pb.PromoteReplicaResponse()
+
+        def progress(done: int, total: int) -> None:
+            state.bytes_done, state.bytes_total = done, total
+
+        work = asyncio.create_task(handover.promote(replica, request.point.number, progress))
+        try:
+            while not (await asyncio.wait([work], timeout=PROGRESS_SECONDS))[0]:
+                yield state
+            promotion = await work
+        finally:
+            # It goes on without whoever asked; nobody else may hear of its failure.
+            work.add_done_callback(lambda done: done.cancelled() or done.exception())
+        state.promotion.CopyFrom(_promotion(replica, promotion))
+        yield state
+
+    async def DemoteReplica(self, request: pb.DemoteReplicaRequest, _: Context) -> pb.DemoteReplicaResponse:
+        replica = self._pool.get(request.volume)
+        _check_confirmed(request.confirm, replica.name)
+        point = await handover.demote(replica, keep_changes=request.keep_changes)
+        return pb.DemoteReplicaResponse(generation=point.number, commit_id=point.commit_id)
+
+    async def DeleteReplica(self, request: pb.DeleteReplicaRequest, _: Context) -> pb.DeleteReplicaResponse:
+        replica = self._pool.get(request.volume)
+        _check_confirmed(request.confirm, replica.name)
+        await self._pool.delete(replica)
+        return pb.DeleteReplicaResponse()
+
+    async def AdoptReplica(self, request: pb.AdoptReplicaRequest, _: Context) -> pb.AdoptReplicaResponse:
+        check_volume_name(request.volume)
+        replica, size = await self._pool.adopt(request.volume, request.seed, request.region_size)
+        return pb.AdoptReplicaResponse(size=size, region_size=replica.store.identity.region_size)
+
+
+def _check_confirmed(confirm: str, name: str) -> None:
+    if confirm != name:
+        raise BlockferryError(
+            Code.INVALID_ARGUMENT,
+            f"{name} is not confirmed",
+            cause=f"the request repeats {confirm!r} instead of the name",
+            next="repeat the name of the replica; nothing was changed",
+            volume=name,
+        )
+
+
+def _promotion(replica: Replica, promotion: Promotion) -> pb.Promotion:
+    return pb.Promotion(
+        generation=promotion.number,
+        commit_id=promotion.commit_id,
+        promoted_at_us=promotion.at_us,
+        path=str(replica.store.content.promoted),
+    )
 
 
 async def _describe(replica: Replica) -> pb.Replica:
-    store = replica.store
-    newest = store.newest
-    session = replica.session
-    return pb.Replica(
+    store, generations = replica.store, replica.store.generations
+    newest, promoted, session = generations.newest, generations.promoted, replica.session
+    described = pb.Replica(
         volume=replica.name,
         replica_uuid=bytes.fromhex(store.identity.uuid),
-        size=store.committed_size or store.session.size,
+        size=generations.committed_size or store.session.size or generations.adopted_size or 0,
         region_size=store.identity.region_size,
         state=f"REPLICA_STATE_{replica.state.value}",
         generation=newest.number if newest else 0,
@@ -116,7 +177,10 @@ async def _describe(replica: Replica) -> pb.Replica:
         committed_at_us=newest.committed_at_us if newest else 0,
         bytes_held=await in_thread(store.total_bytes_held),
         path=str(replica.path or ""),
-        unsafe=store.overwritten,
         session_client=session.client if session else "",
         pool=replica.pool,
+        kind=store.content.kind,
     )
+    if promoted is not None:
+        described.promotion.CopyFrom(_promotion(replica, promoted))
+    return described

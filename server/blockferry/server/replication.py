@@ -21,9 +21,9 @@ from blockferry.common.wire import (
     runs_to_wire,
 )
 from blockferry.server.changes import ChangeReceiver
+from blockferry.server.generations import Point
 from blockferry.server.pool import Pool
 from blockferry.server.replica import Replica
-from blockferry.server.store import Point
 from blockferry.v1 import replication_pb2 as pb
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -54,7 +54,7 @@ class ReplicationService:
             raise _invalid(f"a volume of {request.size} bytes is not possible", "files end at 2^63 - 1 bytes")
         replica = await self._pool.get_or_create(request.volume, request.region_size)
         session = await replica.open_session(request)
-        newest = replica.store.newest
+        newest = replica.store.generations.newest
         return pb.OpenSessionResponse(
             protocol_version=min(PROTOCOL_VERSION, request.protocol_version),
             session=pb.SessionRef(session_id=session.session_id, epoch=session.epoch),
@@ -80,9 +80,11 @@ class ReplicationService:
             header = _header(replica, None)
         else:
             replica = self._pool.get(request.point.volume)
-            unfinished = request.point.number == 0 and replica.store.newest is None
-            header = _header(replica, None if unfinished else replica.resolve(request.point.number))
-            async with replica.reading_start() if unfinished else replica.reading(header.generation) as volume:
+            unfinished = request.point.number == 0 and replica.store.generations.newest is None
+            header = _header(replica, None if unfinished else replica.points.resolve(request.point.number))
+            async with (
+                replica.points.reading_start() if unfinished else replica.points.reading(header.generation) as volume
+            ):
                 found = await volume.allocation(request.region_size or replica.store.identity.region_size)
         for message in map_to_messages(found, header):
             yield message
@@ -104,7 +106,7 @@ class ReplicationService:
             return
         replica = self._pool.get(request.point.volume)
         _check_key(request.key)
-        async with replica.reading(request.point.number) as volume:
+        async with replica.points.reading(request.point.number) as volume:
             region_size = replica.store.identity.region_size
             for run in _checked_pieces(request, region_size, volume.size):
                 found = await volume.digests(request.piece_size, [run], request.key, region_size)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncGenerator
-from pathlib import Path
 
 from blockferry.common.digests import REGION_DIGEST_SIZE
 from blockferry.common.regions import Geometry, runs_of, split_runs
@@ -18,24 +16,15 @@ BATCH_SIZE = 8 * 1024 * 1024
 """Bytes read and hashed between two messages."""
 
 
-def _drop_page_cache(path: Path) -> None:
-    """Rot is on the disk: what the kernel remembers of the file is no evidence."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)
-
-
 async def verify_point(replica: Replica, number: int) -> AsyncGenerator[pb.VerifyReplicaResponse, None]:
     """Progress and rotten ranges. Every region is read that is allocated now or had data when it was committed."""
-    point = replica.resolve(number)
+    point = replica.points.resolve(number)
     store = replica.store
     region_size = store.identity.region_size
     geometry = Geometry(point.size, region_size)
     recorded = await in_thread(store.recorded_digests, point) or DigestCache()
-    async with replica.reading(point.number) as volume:
-        await in_thread(_drop_page_cache, store.image(point))
+    async with replica.points.reading(point.number) as volume:
+        await in_thread(store.content.forget_pages, point)
         regions = (await volume.allocation(region_size)).regions | recorded.known
         total = geometry.bytes_in(regions)
         done = 0

@@ -1,12 +1,9 @@
 """The states of a replica and what moves it between them (pure).
 
-    EMPTY ----open----> SYNCING ---commit---> CONSISTENT ---open---> UPDATING ---commit---> CONSISTENT
-                           |  ^                   ^  |                  |
-                           +--+ open, close       |  +----promote--> PROMOTED
-                                                  +--- close ----------+
-
-`OVERWRITE` is the exception that only pools without clones know: an update in place gives up the committed generation,
-and the replica is SYNCING again until the next commit.
+EMPTY ----open----> SYNCING ---commit---> CONSISTENT ---open---> UPDATING ---commit---> CONSISTENT
+                       |  ^                   ^  |                  |
+                       +--+ open, close       |  +----promote--> PROMOTED
+                                              +--- close ----------+
 """
 
 from __future__ import annotations
@@ -30,7 +27,6 @@ class Event(enum.Enum):
     """What happens to a replica."""
 
     OPEN = "open a session"
-    OVERWRITE = "overwrite the committed generation"
     COMMIT = "commit"
     CLOSE = "end the session"
     PROMOTE = "promote"
@@ -46,7 +42,6 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.CONSISTENT, Event.PROMOTE): State.PROMOTED,
     # Taking over an expired session: the new one replaces it.
     (State.UPDATING, Event.OPEN): State.UPDATING,
-    (State.UPDATING, Event.OVERWRITE): State.SYNCING,
     (State.UPDATING, Event.COMMIT): State.CONSISTENT,
     (State.UPDATING, Event.CLOSE): State.CONSISTENT,
     # Promotion drains and fences the session first.

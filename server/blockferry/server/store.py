@@ -1,52 +1,50 @@
-"""What one replica is on disk. Blocking calls; `replica.py` runs them on threads.
+"""What one replica is on disk, whatever kind its content has.
 
     NAME/replica.json         identity: UUID, region size, digest key. Written once.
-    NAME/commits.log          the truth: commit, drop, overwrite and keep records. One fsynced record is the commit.
+    NAME/commits.log          the truth (generations.py). One fsynced record is the commit.
     NAME/session.json         the epoch of the last session.
-    NAME/COMMIT-ID.img        the image of a committed generation; never written again.
-    NAME/COMMIT-ID.digests    its digests (cache.py).
-    NAME/work.img             the image a session works on.
-    NAME/progress.json        regions of work.img that are durable, for a session of the same immutable snapshot.
+    NAME/COMMIT-ID.digests    the digests of a committed generation (cache.py).
+    NAME/progress.json        regions of the work that are durable, for a session of the same immutable snapshot.
     NAME/clean.json           left by a clean shutdown: which images nobody has touched since.
+    NAME/promoted.img         what a promotion has handed out.
+    NAME/...                  the bytes of generations and of a session's work (clones.py, journal.py).
 
-Invariant 3: images are named by commit id and everything else is derived from the log. A commit is: flush the work
-image, rename it to its commit id, fsync the directory, append the record. Dying before the record leaves an image that
-no record names: it becomes the work image again.
+What is blocking says so; the rest may be awaited by one caller at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import shutil
 import time
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
-from blockferry.common import disk, linux
+from blockferry.common import disk
 from blockferry.common.digests import KEY_SIZE
-from blockferry.common.durable import Log, remove_durably, rename_durably, write_atomic, write_unsynced
+from blockferry.common.durable import Log, remove_durably, write_atomic, write_unsynced
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.regions import check_region_size
-from blockferry.common.retention import DEFAULT, Retention
+from blockferry.common.volumes import Volume, in_thread
 from blockferry.server import cache
 from blockferry.server.cache import DigestCache, Stamp
+from blockferry.server.clones import CloneContent
+from blockferry.server.content import Content, forget_pages_of
+from blockferry.server.generations import Generations, Point, corrupt
+from blockferry.server.journal import JournalContent
 from pyroaring import BitMap
 
-FORMAT = 1
+FORMAT = 2
 """Version of everything in a replica's directory. A newer server reads older ones; an older server refuses newer ones
 and changes nothing."""
 
 _IDENTITY = "replica.json"
 _LOG = "commits.log"
 _SESSION = "session.json"
-_WORK = "work.img"
 _PROGRESS = "progress.json"
 _CLEAN = "clean.json"
-_IMAGE = ".img"
 _DIGESTS = ".digests"
 NEW_PREFIX = ".new-"
 _UUID_SIZE = 16
@@ -101,57 +99,40 @@ class _CleanStamp(msgspec.Struct, frozen=True):
     ctime_ns: int
 
 
-@dataclass(frozen=True)
-class Point:
-    """A committed generation: number, commit id (16 bytes), size in bytes, time in microseconds since 1970."""
-
-    number: int
-    commit_id: bytes
-    size: int
-    committed_at_us: int
-
-
 class Store:
-    """One replica's directory. Opening it recovers from whatever the last process left."""
+    """One replica's directory. Opening it recovers from whatever the last process left. Blocking."""
 
-    def __init__(self, directory: Path, *, clones: bool) -> None:
+    def __init__(self, directory: Path, *, clones: bool, journal_limit: int = 0) -> None:
         self.directory = directory
-        self.clones = clones
         self.identity = self._read_identity()
-        if not (directory / _LOG).exists():
-            # A new one would forget every generation, and their images would be taken for work.
-            raise _corrupt(directory / _LOG, "it is missing")
-        self._log = Log(directory / _LOG)
-        self.points: list[Point] = []
-        """Committed generations, oldest first."""
-        self.last_number = 0
-        self.committed_size: int | None = None
-        """Bytes of the newest commit, also while that generation is being overwritten; None before the first."""
-        self.overwritten = False
-        """The newest committed generation was given up to an update in place that has not been committed."""
-        self.keep = DEFAULT
-        """How the replica's source wants its recovery points kept."""
+        self.generations = Generations(directory / _LOG)
         try:
-            for record in self._log.records:
-                self._replay(record)
             self.session = self._read_session()
             if self.session.epoch == 0:
                 # Its name may be in memory only, whoever gave it: durable before anybody has a session.
                 disk.fsync_directory(directory.parent)
             self._stamps = self._take_clean_stamps()
-            self._recover()
+            self.content: Content
+            if clones and not JournalContent.is_in(directory):
+                self.content = CloneContent(directory, self.generations)
+            else:
+                self.content = JournalContent(directory, self.generations, limit=journal_limit)
+            self.content.recover()
+            self._remove_strays()
         except BaseException:
-            self._log.close()
+            self.generations.close()
             raise
 
     @classmethod
-    def create(cls, directory: Path, region_size: int, *, clones: bool) -> Store:
+    def create(cls, directory: Path, region_size: int, *, clones: bool, journal_limit: int = 0) -> Store:
         """Make a new, empty replica. It appears under its name whole or not at all."""
         new = directory.with_name(f"{NEW_PREFIX}{uuid.uuid4().hex}")
         disk.make_directory(new)
         try:
             Log(new / _LOG).close()
-            identity = Identity(FORMAT, uuid.uuid4().hex, region_size, secrets.token_hex(KEY_SIZE), _now_us())
+            identity = Identity(
+                FORMAT, uuid.uuid4().hex, region_size, secrets.token_hex(KEY_SIZE), time.time_ns() // 1000
+            )
             write_atomic(new / _IDENTITY, msgspec.json.encode(identity))
             disk.crash_point("create-before-rename")
             disk.rename(new, directory)
@@ -159,13 +140,13 @@ class Store:
             shutil.rmtree(new, ignore_errors=True)
             raise
         disk.crash_point("create-renamed")
-        return cls(directory, clones=clones)
+        return cls(directory, clones=clones, journal_limit=journal_limit)
 
     def close(self) -> None:
-        """A clean end: note which images are as this process left them."""
+        """A clean end: note which images are as this process left them. Blocking."""
         stamps = {
             point.commit_id.hex(): _CleanStamp(stamp.inode, stamp.size, stamp.ctime_ns)
-            for point in self.points
+            for point in self.generations.points
             if (stamp := self._stamps.get(point.commit_id)) is not None
         }
         with contextlib.suppress(OSError):
@@ -174,8 +155,18 @@ class Store:
         self.abandon()
 
     def abandon(self) -> None:
-        """Let go of the log and vouch for nothing."""
-        self._log.close()
+        """Let go of everything and vouch for nothing. Blocking."""
+        self.content.close()
+        self.generations.close()
+
+    async def reload(self) -> None:
+        """Believe only what the disk says, after a failure. Raises if that cannot be read."""
+        generations = await in_thread(Generations, self.directory / _LOG)
+        self.generations.close()
+        self.generations = generations
+        self._stamps = {}
+        self.session = await in_thread(self._read_session)
+        await self.content.reload(generations)
 
     # --- reading back ---------------------------------------------------------------------------------------------
 
@@ -188,7 +179,7 @@ class Store:
             if version.format <= FORMAT:
                 return msgspec.json.decode(content, type=Identity)
         except (FileNotFoundError, UnicodeDecodeError, msgspec.MsgspecError) as error:
-            raise _corrupt(path, str(error)) from error
+            raise corrupt(path, str(error)) from error
         raise BlockferryError(
             Code.UNSUPPORTED,
             f"{path} was written by a newer blockferry",
@@ -204,7 +195,7 @@ class Store:
             return SessionRecord()
         except (UnicodeDecodeError, msgspec.MsgspecError) as error:
             # Going on with a lower epoch could let a fenced writer back in.
-            raise _corrupt(path, str(error)) from error
+            raise corrupt(path, str(error)) from error
 
     def _take_clean_stamps(self) -> dict[bytes, Stamp]:
         """The stamps of a clean shutdown, once: a process that dies leaves none."""
@@ -218,94 +209,18 @@ class Store:
         disk.crash_point("start-stamps-taken")
         return stamps
 
-    def _replay(self, record: dict[str, object]) -> None:
-        kind, number = record.get("kind"), record.get("number")
-        if kind == "commit" and isinstance(number, int):
-            point = _point_of(record)
-            if point is not None:
-                self.points.append(point)
-                self.last_number, self.committed_size = number, point.size
-                self.overwritten = False
-                return
-        elif kind in ("drop", "overwrite") and isinstance(number, int):
-            self.points = [point for point in self.points if point.number != number]
-            self.overwritten = self.overwritten or kind == "overwrite"
-            return
-        elif kind == "keep":
-            with contextlib.suppress(msgspec.ValidationError):
-                self.keep = msgspec.convert(record.get("rules"), Retention)
-                return
-        raise _corrupt(self.directory / _LOG, f"unknown record {record!r}")
-
-    def _append(self, record: dict[str, object]) -> None:
-        self._log.append(record)
-        self._replay(record)
-
-    def _recover(self) -> None:
-        known = {self.image(point).name for point in self.points}
-        for path in sorted(self.directory.glob("*" + _IMAGE)):
-            if path.name in known or path == self.work:
-                continue
-            # Renamed for a commit whose record was never written; or dropped, and not yet removed.
-            if self.work.exists() or self._was_dropped(path.stem):
-                disk.unlink(path)
-            else:
-                disk.rename(path, self.work)
-            disk.crash_point("start-image-settled")
+    def _remove_strays(self) -> None:
+        known = {self._digests(point) for point in self.generations.points}
         for path in self.directory.glob("*" + _DIGESTS):
-            if path.with_suffix(_IMAGE).name not in known:
+            if path not in known:
                 disk.unlink(path)
         for path in self.directory.glob("*.tmp"):
             disk.unlink(path)
-
-    def _was_dropped(self, commit_id: str) -> bool:
-        """Whether an image without a point was committed and dropped, rather than being on its way."""
-        overwritten = [record["number"] for record in self._log.records if record.get("kind") == "overwrite"]
-        return any(
-            record.get("commit_id") == commit_id and record["number"] not in overwritten
-            for record in self._log.records
-            if record.get("kind") == "commit"
-        )
-
-    # --- looking --------------------------------------------------------------------------------------------------
-
-    @property
-    def newest(self) -> Point | None:
-        """The newest committed generation that still exists."""
-        return self.points[-1] if self.points else None
-
-    def point(self, number: int) -> Point | None:
-        """The generation with this number; 0 means the newest."""
-        if number == 0:
-            return self.newest
-        return next((point for point in self.points if point.number == number), None)
-
-    def committed(self, commit_id: bytes) -> Point | None:
-        """The generation a commit id became, even if retention has dropped it since."""
-        for record in reversed(self._log.records):
-            if record.get("kind") == "commit" and record.get("commit_id") == commit_id.hex():
-                return _point_of(record)
-        return None
-
-    def image(self, point: Point) -> Path:
-        """Where a generation's image is."""
-        return self.directory / (point.commit_id.hex() + _IMAGE)
-
-    @property
-    def work(self) -> Path:
-        """Where the image of a session is, whether or not it exists."""
-        return self.directory / _WORK
-
-    def bytes_held(self, point: Point) -> int:
-        """Bytes of disk that would be freed if only this point were deleted."""
-        fd = os.open(self.image(point), os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return linux.unshared_bytes(fd)
-        finally:
-            os.close(fd)
+        if self.generations.promoted is None:
+            disk.unlink(self.content.promoted)
 
     def total_bytes_held(self) -> int:
-        """Bytes of disk of all images; extents shared between clones count once for each of them."""
+        """Bytes of disk of everything; extents shared between clones count once for each of them. Blocking."""
         total = 0
         for path in self.directory.iterdir():
             with contextlib.suppress(FileNotFoundError):
@@ -314,87 +229,57 @@ class Store:
 
     # --- digests --------------------------------------------------------------------------------------------------
 
+    def _digests(self, point: Point) -> Path:
+        return self.directory / (point.commit_id.hex() + _DIGESTS)
+
     def recorded_digests(self, point: Point) -> DigestCache | None:
-        """What was committed, region by region, whatever the image holds now."""
-        path = self.image(point).with_suffix(_DIGESTS)
-        return cache.load(path, point.commit_id, self.identity.region_size)
+        """What was committed, region by region, whatever the disk holds now. Blocking."""
+        return cache.load(self._digests(point), point.commit_id, self.identity.region_size)
 
     def trusted_digests(self, point: Point) -> DigestCache | None:
-        """What the image holds now without reading it, or None if anything may have touched it since its commit."""
+        """What the image holds now without reading it, or None if anything may have touched it since its commit.
+        Blocking."""
         stamp = self._stamps.get(point.commit_id)
+        path = self.content.path(point)
         try:
-            if stamp is None or stamp != Stamp.of(self.image(point)):
+            if stamp is None or path is None or stamp != Stamp.of(path):
                 return None
         except OSError:
             return None
         return self.recorded_digests(point)
 
+    def distrust(self, point: Point) -> None:
+        """The image was found to hold something else than was committed: let the next sync read it."""
+        self._stamps.pop(point.commit_id, None)
+
     # --- sessions -------------------------------------------------------------------------------------------------
 
     def write_session(self, record: SessionRecord) -> None:
-        """Make a session's epoch durable (invariant 4: before OpenSession answers)."""
+        """Make a session's epoch durable (invariant 4: before OpenSession answers). Blocking."""
         write_atomic(self.directory / _SESSION, msgspec.json.encode(record))
         self.session = record
 
-    def begin_work(self, size: int, snapshot_id: str) -> tuple[BitMap, DigestCache]:
-        """See to it that the work image exists, with `size` bytes: the one an earlier session left, a clone of the
-        newest generation, that generation itself where the pool cannot clone, or a new file for a first sync.
-
-        Returns the regions that are durable from an interrupted session of the same immutable snapshot, and the digests
-        that are known of the work image without reading it. Nothing here needs a flush: a work image that a power
-        failure damages is compared like any other.
-        """
-        newest = self.newest
-        progress = self._read_progress(snapshot_id, size)
+    async def begin_work(self, size: int, snapshot_id: str) -> tuple[Volume, BitMap, DigestCache]:
+        """The work as a volume of `size` bytes; the regions of it that are durable from an interrupted session of the
+        same immutable snapshot; and the digests that are known of it without reading it."""
+        newest = self.generations.newest
+        progress = await in_thread(self._read_progress, snapshot_id, size)
+        digests = None
+        if newest is not None and not self.content.has_work():
+            digests = await in_thread(self.trusted_digests, newest)
+        work, continued = await self.content.begin(size)
+        if not continued:
+            progress = None
         if progress is None:
             # Durably, and before the first write: what it says is no longer so.
-            remove_durably(self.directory / _PROGRESS)
+            await in_thread(remove_durably, self.directory / _PROGRESS)
             disk.crash_point("open-progress-removed")
-        if self.work.exists():
-            digests = None
-        else:
-            digests = self.trusted_digests(newest) if newest is not None and self.clones else None
-            self._make_work(newest)
-        disk.crash_point("open-work-made")
-        fd = os.open(self.work, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            if self.committed_size is None and os.fstat(fd).st_size > size:
-                # An unfinished first sync of a larger source: nothing is committed, so start over.
-                disk.truncate(fd, 0)
-            if digests is not None and os.fstat(fd).st_size != size:
-                digests.forget(os.fstat(fd).st_size // self.identity.region_size)
-            disk.truncate(fd, size)
-        finally:
-            os.close(fd)
-        return progress or BitMap(), digests or DigestCache()
-
-    def _make_work(self, newest: Point | None) -> None:
-        if newest is None:
-            os.close(disk.create(self.work))
-        elif self.clones:
-            temporary = self.work.with_suffix(".tmp")
-            source_fd = os.open(self.image(newest), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                target_fd = disk.create(temporary, os.O_WRONLY | os.O_TRUNC)
-                try:
-                    linux.reflink(source_fd, target_fd)
-                finally:
-                    os.close(target_fd)
-            finally:
-                os.close(source_fd)
-            disk.crash_point("open-cloned")
-            disk.rename(temporary, self.work)
-        else:
-            # The record comes first: from here on the generation does not exist.
-            self._append({"kind": "overwrite", "number": newest.number})
-            disk.crash_point("open-overwrite-recorded")
-            disk.rename(self.image(newest), self.work)
-            disk.crash_point("open-overwrite-renamed")
-            disk.unlink(self.image(newest).with_suffix(_DIGESTS))
-            self._stamps.pop(newest.commit_id, None)
+        if digests is not None and newest is not None and newest.size != size:
+            digests.forget(newest.size // self.identity.region_size)
+        return work, progress or BitMap(), digests or DigestCache()
 
     def _read_progress(self, snapshot_id: str, size: int) -> BitMap | None:
-        if not snapshot_id or not self.work.exists():
+        if not snapshot_id:
             return None
         try:
             found = msgspec.json.decode((self.directory / _PROGRESS).read_bytes(), type=_Progress)
@@ -403,81 +288,55 @@ class Store:
             return None
 
     def write_progress(self, snapshot_id: str, size: int, regions: BitMap) -> None:
-        """Note regions of the work image that the caller has flushed (invariant 5)."""
+        """Note regions of the work that the caller has flushed (invariant 5). Blocking."""
         record = _Progress(snapshot_id, size, regions.serialize())
         write_atomic(self.directory / _PROGRESS, msgspec.json.encode(record))
 
-    def discard_work(self) -> None:
-        """Drop the work image, unless it is all there is left of an overwritten generation."""
-        if not self.overwritten:
-            disk.unlink(self.work)
-            disk.crash_point("discard-removed")
+    async def discard_work(self) -> None:
+        """Give up the work, unless it is an image that was adopted: that came from elsewhere, and nobody may have
+        another."""
+        if self.generations.newest is None and self.generations.adopted_size is not None:
+            # A write that failed may be gone from the disk and still be in memory, where it would be compared.
+            await in_thread(forget_pages_of, self.content.unfinished)
             return
-        # A write that failed may be gone from the disk and still be in memory, where the next session would compare it.
-        with contextlib.suppress(FileNotFoundError):
-            fd = os.open(self.work, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(fd)
+        await self.content.discard()
 
-    def set_keep(self, keep: Retention) -> None:
-        """Remember how the source wants its points kept."""
-        if keep != self.keep:
-            self._append({"kind": "keep", "rules": msgspec.to_builtins(keep)})
+    async def adopt(self, image: Path) -> None:
+        """Make an image that lies on the same file system the work of a first sync: it is compared, not overwritten."""
+        size = (await in_thread(image.stat)).st_size
+        await in_thread(self.generations.adopt, size)
+        disk.crash_point("adopt-recorded")
+        await self.content.adopt(image)
 
-    def commit(self, commit_id: bytes, size: int, digests: DigestCache) -> Point:
-        """Make the work image, which the caller has flushed, the newest generation."""
-        point = Point(self.last_number + 1, commit_id, size, _now_us())
-        image = self.image(point)
-        cache.save(image.with_suffix(_DIGESTS), digests, commit_id, self.identity.region_size)
+    # --- commits --------------------------------------------------------------------------------------------------
+
+    async def commit(
+        self, work: Volume, commit_id: bytes, size: int, digests: DigestCache, *, demotes: bool = False
+    ) -> Point:
+        """Make the work, which the caller has flushed, the newest generation; `complete` is due afterwards."""
+        point = self.generations.next(commit_id, size)
+        await in_thread(cache.save, self._digests(point), digests, commit_id, self.identity.region_size)
         disk.crash_point("commit-digests-written")
-        rename_durably(self.work, image)
-        disk.crash_point("commit-renamed")
-        self._append(
-            {
-                "kind": "commit",
-                "number": point.number,
-                "commit_id": commit_id.hex(),
-                "size": size,
-                "at_us": point.committed_at_us,
-            }
-        )
+        await self.content.seal(work, point)
+        await self.content.publish(point, lambda: self.generations.commit(point, demotes=demotes))
         disk.crash_point("commit-recorded")
-        self._stamps[commit_id] = Stamp.of(image)
+        await self._stamp(point)
         return point
 
-    def distrust(self, point: Point) -> None:
-        """The image was found to hold something else than was committed: let the next sync read it."""
+    async def complete(self) -> None:
+        """Finish what a commit has put off: afterwards the newest generation is one complete image."""
+        newest = self.generations.newest
+        if newest is not None and self.content.path(newest) is None:
+            await self.content.complete()
+            await self._stamp(newest)
+
+    async def _stamp(self, point: Point) -> None:
+        path = self.content.path(point)
+        if path is not None:
+            self._stamps[point.commit_id] = await in_thread(Stamp.of, path)
+
+    async def drop(self, point: Point) -> None:
+        """Give up an older generation."""
+        await self.content.drop(point, lambda: self.generations.drop(point))
+        await in_thread(disk.unlink, self._digests(point))
         self._stamps.pop(point.commit_id, None)
-
-    def drop(self, point: Point) -> None:
-        """Give up an older generation: the record first, so that no record ever names a missing image."""
-        self._append({"kind": "drop", "number": point.number})
-        disk.crash_point("drop-recorded")
-        disk.unlink(self.image(point))
-        disk.crash_point("drop-image-removed")
-        disk.unlink(self.image(point).with_suffix(_DIGESTS))
-        self._stamps.pop(point.commit_id, None)
-
-
-def _point_of(record: dict[str, object]) -> Point | None:
-    """The point of a commit record, or None where the record is not one."""
-    match record:
-        case {"number": int(number), "commit_id": str(commit_id), "size": int(size), "at_us": int(at_us)}:
-            with contextlib.suppress(ValueError):
-                return Point(number, bytes.fromhex(commit_id), size, at_us)
-    return None
-
-
-def _now_us() -> int:
-    return time.time_ns() // 1000
-
-
-def _corrupt(path: Path, cause: str) -> BlockferryError:
-    return BlockferryError(
-        Code.CORRUPT_STATE,
-        f"{path} is damaged",
-        cause=cause,
-        next="restore it from a backup of the pool, or delete the replica and sync it anew",
-    )

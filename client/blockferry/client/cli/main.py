@@ -108,10 +108,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--keep", type=_parse_retention, metavar="RULES",
         help="recovery points to keep from now on, such as last=12,hourly=24,daily=7",
     )  # fmt: skip
-    synced.add_argument(
-        "--in-place", action="store_true",
-        help="where the pool cannot clone files: overwrite the only committed generation (unsafe while it runs)",
-    )  # fmt: skip
     synced.add_argument("--live", action="store_true", help="accept a source that is mounted or open for writing")
     synced.add_argument(
         "--state-dir", type=Path, metavar="DIR",
@@ -128,7 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     shown = add(volume, "show", "show what is known of a volume: size, allocation and how that is known")
     shown.add_argument("uri", metavar="URI")
 
-    replica = commands.add_parser("replica", help="look at replicas").add_subparsers(
+    replica = commands.add_parser("replica", help="look at replicas, hand them over, delete them").add_subparsers(
         dest="subcommand", required=True, metavar="COMMAND"
     )
     add(replica, "list", "list the replicas of a server").add_argument("address", metavar="ADDRESS")
@@ -136,14 +132,33 @@ def build_parser() -> argparse.ArgumentParser:
     add(replica, "points", "list the recovery points of a replica").add_argument("address", metavar="ADDRESS/VOLUME")
     checked = add(replica, "verify", "re-read a generation and report rot by range; exit status 3 if there is any")
     checked.add_argument("address", metavar="ADDRESS/VOLUME[@NUMBER]")
+
+    promoted = add(replica, "promote", "hand out a recovery point as a file to boot or mount; syncs are refused then")
+    promoted.add_argument("address", metavar="ADDRESS/VOLUME[@NUMBER]")
+    demoted = add(replica, "demote", "take a promoted replica back, with or without what was written to it")
+    demoted.add_argument("address", metavar="ADDRESS/VOLUME")
+    fate = demoted.add_mutually_exclusive_group(required=True)
+    fate.add_argument("--keep-changes", action="store_true", help="make what was promoted the newest generation")
+    fate.add_argument("--discard", action="store_true", help="drop what was written since the promotion")
+    deleted = add(replica, "delete", "delete a replica and all its recovery points")
+    deleted.add_argument("address", metavar="ADDRESS/VOLUME")
+    adopted = add(replica, "adopt", "make an image in the pool's .seeds directory the start of a first sync")
+    adopted.add_argument("address", metavar="ADDRESS/VOLUME")
+    adopted.add_argument("--seed", required=True, metavar="NAME", help="name of the file in .seeds, without a path")
+    adopted.add_argument(
+        "--region-size", type=_parse_region_size, default=0, metavar="SIZE",
+        help="64K to 16M, a power of two (default 1M)",
+    )  # fmt: skip
+    for one in (promoted, demoted, deleted):
+        one.add_argument("--yes", action="store_true", help="do not ask for the name of the replica")
     return parser
 
 
 def _find(arguments: argparse.Namespace) -> Command:
-    from blockferry.client.cli import replicate
+    from blockferry.client.cli import handover, replicate
 
     name = "_".join(filter(None, (arguments.command, getattr(arguments, "subcommand", None))))
-    return replicate.COMMANDS[name]
+    return {**replicate.COMMANDS, **handover.COMMANDS}[name]
 
 
 async def _run(command: Command, arguments: argparse.Namespace, console: Console) -> int:
@@ -182,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = build_parser().parse_args(argv)
     except BlockferryError as error:
         console.error(error)
-        return 1
+        return 2 if error.code is Code.USAGE else 1
     console = Console(json=arguments.json, quiet=arguments.quiet)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Paths may hold bytes that are no UTF-8; they leave as they came.
@@ -192,4 +207,4 @@ def main(argv: list[str] | None = None) -> int:
         return uvloop.run(_run(_find(arguments), arguments, console))
     except BlockferryError as error:
         console.error(error)
-        return 1
+        return 2 if error.code is Code.USAGE else 1

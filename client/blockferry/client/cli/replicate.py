@@ -31,7 +31,6 @@ def _options(arguments: argparse.Namespace) -> SyncOptions:
         grow=arguments.grow,
         live=getattr(arguments, "live", False),
         insecure=arguments.insecure,
-        in_place=getattr(arguments, "in_place", False),
         keep=getattr(arguments, "keep", None),
         state_directory=getattr(arguments, "state_dir", None),
     )
@@ -47,7 +46,8 @@ async def _opened(uri: str, arguments: argparse.Namespace) -> AsyncIterator[Volu
 
 
 @contextlib.asynccontextmanager
-async def _connected(arguments: argparse.Namespace) -> AsyncIterator[Connection]:
+async def connected(arguments: argparse.Namespace) -> AsyncIterator[Connection]:
+    """A connection to the server that `arguments.address` names."""
     connection = Connection(Address.parse(arguments.address), insecure=arguments.insecure)
     try:
         yield connection
@@ -171,6 +171,16 @@ async def _volume_show(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def promotion_fields(promotion: pb.Promotion) -> dict[str, object]:
+    """What was handed out, for `--json`."""
+    return {
+        "generation": promotion.generation,
+        "commit_id": promotion.commit_id.hex(),
+        "promoted_at": _time(promotion.promoted_at_us),
+        "path": promotion.path,
+    }
+
+
 def _replica_fields(replica: pb.Replica) -> dict[str, object]:
     return {
         "volume": replica.volume,
@@ -184,8 +194,9 @@ def _replica_fields(replica: pb.Replica) -> dict[str, object]:
         "committed_at": _time(replica.committed_at_us),
         "bytes_held": replica.bytes_held,
         "path": replica.path or None,
-        "unsafe": replica.unsafe,
+        "kind": replica.kind,
         "session_client": replica.session_client or None,
+        "promotion": promotion_fields(replica.promotion) if replica.HasField("promotion") else None,
     }
 
 
@@ -201,7 +212,7 @@ def _age(microseconds: int) -> str:
 
 
 async def _replica_list(arguments: argparse.Namespace, console: Console) -> int:
-    async with _connected(arguments) as connection:
+    async with connected(arguments) as connection:
         response = await connection.call("Replicas/ListReplicas", pb.ListReplicasRequest(), pb.ListReplicasResponse)
     rows = [("VOLUME", "STATE", "GENERATION", "COMMITTED", "SIZE", "HELD")]
     rows += [
@@ -222,7 +233,7 @@ async def _replica_list(arguments: argparse.Namespace, console: Console) -> int:
 
 
 async def _replica_show(arguments: argparse.Namespace, console: Console) -> int:
-    async with _connected(arguments) as connection:
+    async with connected(arguments) as connection:
         volume = connection.address.require_volume().volume
         response = await connection.call(
             "Replicas/GetReplica", pb.GetReplicaRequest(volume=volume), pb.GetReplicaResponse
@@ -231,20 +242,24 @@ async def _replica_show(arguments: argparse.Namespace, console: Console) -> int:
     fields = {"schema": SCHEMA, **_replica_fields(replica)}
     committed = f"{_time(replica.committed_at_us)} ({_age(replica.committed_at_us)})" if replica.generation else "never"
     lines = [
-        f"{replica.volume}: {fields['state']}" + (" (UNSAFE: being overwritten in place)" if replica.unsafe else ""),
+        f"{replica.volume}: {fields['state']}",
         f"  generation  {replica.generation or 'none'}, commit {fields['commit_id'] or '-'}",
         f"  committed   {committed}",
         f"  size        {human_bytes(replica.size)} in regions of {human_bytes(replica.region_size)}; "
         f"holds {human_bytes(replica.bytes_held)}",
         f"  image       {replica.path or 'none'}",
+        f"  kept as     {replica.kind}, in pool {replica.pool}",
         f"  session     {replica.session_client or 'none'}",
     ]
+    if replica.HasField("promotion"):
+        one = replica.promotion
+        lines.append(f"  promoted    generation {one.generation}, {_age(one.promoted_at_us)}: {one.path}")
     console.result(fields, lines)
     return 0
 
 
 async def _replica_points(arguments: argparse.Namespace, console: Console) -> int:
-    async with _connected(arguments) as connection:
+    async with connected(arguments) as connection:
         volume = connection.address.require_volume().volume
         response = await connection.call(
             "Replicas/ListRecoveryPoints",
@@ -291,7 +306,7 @@ async def _replica_verify(arguments: argparse.Namespace, console: Console) -> in
     progress = Progress()
     rotten: list[tuple[int, int]] = []
     unrecorded = 0
-    async with _connected(arguments) as connection:
+    async with connected(arguments) as connection:
         address = connection.address.require_volume()
         shown = await connection.call(
             "Replicas/GetReplica", pb.GetReplicaRequest(volume=address.volume), pb.GetReplicaResponse

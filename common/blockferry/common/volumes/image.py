@@ -6,6 +6,7 @@ have reported holes where data was about to be. Where the file system cannot tel
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -114,6 +115,13 @@ class ImageVolume(Volume):
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         await in_thread(self._read_into, offset, buffer)
 
+    async def read_many(self, extents: Sequence[tuple[int, memoryview]]) -> None:
+        await in_thread(self._read_many, extents)
+
+    def _read_many(self, extents: Sequence[tuple[int, memoryview]]) -> None:
+        for offset, buffer in extents:
+            self._read_into(offset, buffer)
+
     def _read_into(self, offset: int, buffer: memoryview) -> None:
         done = 0
         while done < len(buffer):
@@ -138,6 +146,22 @@ class ImageVolume(Volume):
             length=length,
         )
 
+    async def data_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        return await in_thread(self._data_extents, offset, length)
+
+    def _data_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        try:
+            # Of its own: lseek moves a descriptor's offset, and others may be looking.
+            own = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return list(linux.data_extents(own, offset, offset + length))
+            finally:
+                os.close(own)
+        except OSError as error:
+            if error.errno not in linux.NOT_SUPPORTED:
+                raise from_os_error(error, "cannot read the allocation", volume=self.uri, offset=offset) from error
+            return [(offset, length)]
+
     async def read_data_into(self, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
         return await in_thread(self._read_data_into, offset, buffer)
 
@@ -146,15 +170,8 @@ class ImageVolume(Volume):
         if os.fstat(self._fd).st_size < end:
             # Past the end of a file there is nothing but a hole, which must not be taken for zeros.
             raise self._shorter(offset, len(buffer))
-        try:
-            # The descriptor's own offset moves, but nobody uses it: every other call names its offset.
-            extents = list(linux.data_extents(self._fd, offset, end))
-        except OSError as error:
-            if error.errno not in linux.NOT_SUPPORTED:
-                raise from_os_error(error, "cannot read the allocation", volume=self.uri, offset=offset) from error
-            extents = [(offset, len(buffer))]
         found: list[tuple[int, int]] = []
-        for data, length in extents:
+        for data, length in self._data_extents(offset, len(buffer)):
             start = (data - offset) // BLOCK_SIZE * BLOCK_SIZE
             stop = min(-(-(data + length - offset) // BLOCK_SIZE) * BLOCK_SIZE, len(buffer))
             if found and sum(found[-1]) >= start:
@@ -189,14 +206,7 @@ class ImageVolume(Volume):
         left: list[tuple[int, int]] = []
         for offset, length in extents:
             try:
-                # Only this class uses the descriptor's own offset, and one unmap at a time: the server applies the
-                # changes of a replica in order.
-                try:
-                    data = sum(size for _, size in linux.data_extents(self._fd, offset, offset + length))
-                except OSError as error:
-                    if error.errno not in linux.NOT_SUPPORTED:
-                        raise
-                    data = length
+                data = sum(size for _, size in self._data_extents(offset, length))
                 if self._ladder.zero(self._fd, offset, length, self.size, write=write):
                     held += data
                 else:
@@ -205,6 +215,40 @@ class ImageVolume(Volume):
                 raise from_os_error(error, "cannot unmap", volume=self.uri, offset=offset, length=length) from error
         return held, left
 
+    async def reserve(self, extents: Sequence[tuple[int, int]]) -> None:
+        await in_thread(self._reserve, extents)
+
+    def _reserve(self, extents: Sequence[tuple[int, int]]) -> None:
+        for offset, length in extents:
+            try:
+                linux.fallocate(self._fd, linux.RESERVE, offset, length)
+            except OSError as error:
+                if error.errno in linux.NOT_SUPPORTED:
+                    return
+                raise from_os_error(
+                    error, "cannot reserve space", volume=self.uri, offset=offset, length=length
+                ) from error
+
+    async def release(self) -> None:
+        await in_thread(self._release)
+
+    def _release(self) -> None:
+        # What was reserved is told from what was written: it is reported as a hole.
+        position = 0
+        for start, length in [*self._data_extents(0, self.size), (self.size, 0)]:
+            if start > position:
+                with contextlib.suppress(OSError):
+                    linux.fallocate(self._fd, linux.PUNCH_HOLE, position, start - position)
+            position = start + length
+
+    async def resize(self, size: int) -> None:
+        """Grow to `size` bytes; what it grows by reads as zeros."""
+        try:
+            await in_thread(disk.truncate, self._fd, size)
+        except OSError as error:
+            raise from_os_error(error, f"cannot give {self.uri} {size} bytes", volume=self.uri) from error
+        self.size = size
+
     async def flush(self) -> None:
         try:
             await in_thread(disk.fsync, self._fd)
@@ -212,9 +256,13 @@ class ImageVolume(Volume):
             raise from_os_error(error, "cannot flush", volume=self.uri) from error
 
     async def close(self) -> None:
+        await in_thread(self.let_go)
+
+    def let_go(self) -> None:
+        """Close the descriptor, once. Blocking."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            await in_thread(os.close, fd)
+            os.close(fd)
 
     async def current_size(self) -> int:
         return (await in_thread(os.fstat, self._fd)).st_size

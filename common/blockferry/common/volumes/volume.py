@@ -66,6 +66,16 @@ class Volume(abc.ABC):
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`. A short read is an error, never silently zeros."""
 
+    async def read_many(self, extents: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill each (offset, buffer)."""
+        for offset, buffer in extents:
+            await self.read_into(offset, buffer)
+
+    async def data_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """(offset, length) in the volume of what may hold data in a range, ascending; all else is proven to read as
+        zeros. Volumes that cannot tell name everything."""
+        return [(offset, length)]
+
     async def read_data_into(self, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
         """Fill `buffer` from `offset` where the device has data; return (start, length) in the buffer of what was
         filled, ascending, made of whole blocks. All else is proven to read as zeros and left as it was in `buffer`.
@@ -92,6 +102,15 @@ class Volume(abc.ABC):
         if self.zeroing == Zeroing.WRITE.value:
             return 0, extents
         return await self.unmap(extents), ()
+
+    async def reserve(self, extents: Sequence[tuple[int, int]]) -> None:
+        """Take the space that writing each (offset, length) will need, as far as the device knows of such a thing: what
+        reads as zeros still does. Raises OUT_OF_SPACE."""
+        return
+
+    async def release(self) -> None:
+        """Give back what was reserved and not written."""
+        return
 
     @abc.abstractmethod
     async def flush(self) -> None:

@@ -1,0 +1,140 @@
+"""The commands that hand a replica over, take it back, adopt one and delete one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from blockferry.client.cli.main import Command
+from blockferry.client.cli.render import Console, human_bytes
+from blockferry.client.cli.replicate import connected, promotion_fields
+from blockferry.client.report import SCHEMA, Progress
+from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.rpc import Connection
+from blockferry.v1 import replicas_pb2 as pb
+from blockferry.v1.replication_pb2 import PointRef
+
+
+async def _shown(connection: Connection) -> pb.Replica:
+    """The replica that the connection's address names."""
+    volume = connection.address.require_volume().volume
+    response = await connection.call("Replicas/GetReplica", pb.GetReplicaRequest(volume=volume), pb.GetReplicaResponse)
+    return response.replica
+
+
+def _confirm(arguments: argparse.Namespace, volume: str, consequences: str) -> None:
+    """Have the name of the volume typed, or `--yes` said, before anything that cannot be undone. Raises USAGE."""
+    if arguments.yes:
+        return
+    if not sys.stdin.isatty():
+        raise BlockferryError(
+            Code.USAGE,
+            f"{volume} is left as it is",
+            cause=f"{consequences}, and nobody is here to confirm it",
+            next="say --yes if that is meant",
+            volume=volume,
+        )
+    print(f"{volume}: {consequences}.", file=sys.stderr)
+    print("Type the name of the replica to go on: ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip() != volume:
+        raise BlockferryError(
+            Code.USAGE,
+            f"{volume} is left as it is",
+            cause="something else was typed",
+            next="run it again and type the name, or say --yes",
+            volume=volume,
+        )
+
+
+async def _promote(arguments: argparse.Namespace, console: Console) -> int:
+    progress = Progress()
+    async with connected(arguments) as connection:
+        replica = await _shown(connection)
+        address = connection.address
+        client = replica.session_client
+        _confirm(
+            arguments,
+            address.volume,
+            "it will be handed out and takes no more syncs until it is demoted"
+            + (f"; the sync of {client} is ended" if client else ""),
+        )
+        request = pb.PromoteReplicaRequest(
+            point=PointRef(volume=address.volume, number=address.number), confirm=address.volume
+        )
+        promotion = pb.Promotion()
+        phase = progress.start("copy")
+        async with console.showing(progress):
+            async for part in connection.stream("Replicas/PromoteReplica", request, pb.PromoteReplicaResponse):
+                phase.done, phase.total = part.bytes_done, part.bytes_total
+                promotion = part.promotion
+            progress.finish()
+    report = {"schema": SCHEMA, "volume": address.volume, **promotion_fields(promotion)}
+    console.result(
+        report,
+        [
+            f"{address.volume}: generation {promotion.generation} is handed out, and the recovery point stays whole",
+            f"  on the server  {promotion.path}",
+            "  to go back     blockferry replica demote, with --keep-changes or --discard, once nothing uses it",
+        ],
+    )
+    return 0
+
+
+async def _demote(arguments: argparse.Namespace, console: Console) -> int:
+    async with connected(arguments) as connection:
+        volume = connection.address.require_volume().volume
+        if arguments.discard:
+            _confirm(arguments, volume, "everything written since its promotion will be dropped")
+        request = pb.DemoteReplicaRequest(volume=volume, keep_changes=arguments.keep_changes, confirm=volume)
+        response = await connection.call("Replicas/DemoteReplica", request, pb.DemoteReplicaResponse)
+    kept = "what was promoted, with its changes" if arguments.keep_changes else "what was committed before"
+    report = {
+        "schema": SCHEMA,
+        "volume": volume,
+        "generation": response.generation,
+        "commit_id": response.commit_id.hex(),
+        "kept_changes": arguments.keep_changes,
+    }
+    console.result(report, [f"{volume}: generation {response.generation} is {kept}; syncs are taken again"])
+    return 0
+
+
+async def _delete(arguments: argparse.Namespace, console: Console) -> int:
+    async with connected(arguments) as connection:
+        replica = await _shown(connection)
+        volume = replica.volume
+        generations = f", newest generation {replica.generation}" if replica.generation else ""
+        _confirm(
+            arguments,
+            volume,
+            f"it will be deleted with all its recovery points ({human_bytes(replica.bytes_held)}{generations})",
+        )
+        request = pb.DeleteReplicaRequest(volume=volume, confirm=volume)
+        await connection.call("Replicas/DeleteReplica", request, pb.DeleteReplicaResponse)
+    report = {"schema": SCHEMA, "volume": volume, "deleted": True, "bytes_held": replica.bytes_held}
+    console.result(report, [f"{volume}: deleted, with {human_bytes(replica.bytes_held)} of recovery points"])
+    return 0
+
+
+async def _adopt(arguments: argparse.Namespace, console: Console) -> int:
+    async with connected(arguments) as connection:
+        volume = connection.address.require_volume().volume
+        request = pb.AdoptReplicaRequest(volume=volume, seed=arguments.seed, region_size=arguments.region_size)
+        response = await connection.call("Replicas/AdoptReplica", request, pb.AdoptReplicaResponse)
+    report = {"schema": SCHEMA, "volume": volume, "size": response.size, "region_size": response.region_size}
+    console.result(
+        report,
+        [
+            f"{volume}: {arguments.seed} is adopted, {human_bytes(response.size)}",
+            "  its first sync compares, and sends only what differs",
+        ],
+    )
+    return 0
+
+
+COMMANDS: dict[str, Command] = {
+    "replica_promote": _promote,
+    "replica_demote": _demote,
+    "replica_delete": _delete,
+    "replica_adopt": _adopt,
+}

@@ -1,0 +1,401 @@
+"""Generations as one image, a redo journal and undo files: for file systems and devices that cannot share extents.
+
+    NAME/image.raw            the newest generation, once its redo is applied; a first sync writes it in place
+    NAME/work.redo            the changes of a session, read over the image
+    NAME/COMMIT-ID.redo       the changes of the newest generation, while they are being applied to the image
+    NAME/COMMIT-ID.undo       before-images: what leads from the next newer generation back to this one
+    NAME/*.index              the index of each of these (delta.py)
+
+        newest   redo, image                      older   undo, undo of the next one, …, image
+        work     work.redo, image
+
+A commit:  flush the work, capture the before-images of all it changes, reserve the space the image will need
+           rename the work to its commit id, write the record                   (here the generation exists)
+           apply the redo to the image, flush, remove the redo
+
+Before the record a failure leaves the image untouched. After it the redo is applied again, from its start and as often
+as need be, and readers read through it meanwhile. Before-images are complete, and durable, before the first byte of the
+image changes, and are never captured again: what is applied twice would be captured half-way. The undo of a generation
+holds every block that its successor changes, so readers of older generations never see the applying.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from blockferry.common import disk
+from blockferry.common.durable import move_durably, remove_durably, rename_durably
+from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.volumes import ImageVolume, Volume, in_thread
+from blockferry.server import copying
+from blockferry.server.clones import IMAGE
+from blockferry.server.content import Content, forget_pages_of, unshared_bytes_of
+from blockferry.server.delta import Delta, below, extents, index_of
+from blockferry.server.gate import Gate
+from blockferry.server.generations import Generations, Point, corrupt
+from blockferry.server.overlay import OverlayVolume
+
+_IMAGE = "image.raw"
+REDO = ".redo"
+UNDO = ".undo"
+
+
+class JournalContent(Content):
+    """One image and deltas. `limit` bounds the bytes of a session's changes; 0 for none."""
+
+    kind = "journal"
+
+    def __init__(self, directory: Path, generations: Generations, *, limit: int = 0) -> None:
+        super().__init__(directory, generations)
+        self._limit = limit
+        self._gate = Gate()
+        self._base: ImageVolume | None = None
+        self._work: Delta | None = None
+        self._redo: Delta | None = None
+        self._undo: dict[bytes, Delta] = {}
+        """By the commit id of the generation each leads back to."""
+        self._broken: dict[bytes, str] = {}
+        """Generations whose before-images cannot be read, and why."""
+        self._reservations = 0
+        """Attempts to commit whose space may still be reserved in the image."""
+
+    @staticmethod
+    def is_in(directory: Path) -> bool:
+        """Whether a replica's content has this kind. It keeps it, also on a file system that can clone."""
+        return (directory / _IMAGE).exists()
+
+    @property
+    def image(self) -> Path:
+        """The one image."""
+        return self.directory / _IMAGE
+
+    @property
+    def work(self) -> Path:
+        """Where the changes of a session are."""
+        return self.directory / ("work" + REDO)
+
+    def _named(self, point: Point, suffix: str) -> Path:
+        return self.directory / (point.commit_id.hex() + suffix)
+
+    # --- opening --------------------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        self._take_over_images()
+        newest, older = self.generations.newest, self.generations.points[:-1]
+        for path in sorted(self.directory.glob("*" + REDO)) + sorted(self.directory.glob("*" + REDO + ".index")):
+            self._settle_redo(path, newest)
+        for path in self.directory.glob("*" + REDO):
+            if not index_of(path).exists():
+                # Data without an index was never made durable, or was applied: it means nothing.
+                disk.unlink(path)
+        if newest is not None and self._named(newest, REDO).exists():
+            self._redo = Delta.open(self._named(newest, REDO))
+        known = {self._named(point, UNDO) for point in older}
+        for path in sorted(self.directory.glob("*" + UNDO)):
+            if path not in known:
+                # Captured for a commit whose record was never written, or dropped and not yet removed.
+                Delta.remove(path)
+                self._reservations = 1
+        for path in self.directory.glob("*" + UNDO + ".index"):
+            if path.with_suffix("") not in known:
+                disk.unlink(path)
+        for point in older:
+            self._open_undo(point)
+
+    def _take_over_images(self) -> None:
+        """What a pool of clones, or an update in place, has left on a file system that cannot clone."""
+        if self.image.exists():
+            return
+        newest = self.generations.newest
+        for path in (self._named(newest, IMAGE) if newest else None, self.directory / ("work" + IMAGE)):
+            if path is not None and path.exists():
+                rename_durably(path, self.image)
+                break
+
+    def _settle_redo(self, path: Path, newest: Point | None) -> None:
+        """A redo that no record names was on its way: it is work again. One of an older generation was applied."""
+        commit_id = path.name.split(".")[0]
+        if commit_id == "work" or (newest is not None and commit_id == newest.commit_id.hex()):
+            return
+        if self.generations.committed(bytes.fromhex(commit_id)) is not None:
+            disk.unlink(path)
+        else:
+            disk.rename(path, path.with_name(path.name.replace(commit_id, "work", 1)))
+        disk.crash_point("start-redo-settled")
+
+    def _open_undo(self, point: Point) -> None:
+        if self._whole(point):
+            return
+        try:
+            self._undo[point.commit_id] = Delta.open(self._named(point, UNDO))
+        except BlockferryError as error:
+            # One that is damaged hides none of the newer ones.
+            self._broken[point.commit_id] = error.cause
+
+    def _whole(self, point: Point) -> bool:
+        """Whether a generation has an image of its own, from a time when the pool could clone."""
+        return self._named(point, IMAGE).exists()
+
+    async def reload(self, generations: Generations) -> None:
+        async with self._gate.closed():
+            self._let_go()
+            self.generations = generations
+            await in_thread(self.recover)
+
+    def _let_go(self) -> None:
+        deltas = [self._work, self._redo, *self._undo.values()]
+        self._work, self._redo, self._undo, self._broken = None, None, {}, {}
+        for delta in deltas:
+            if delta is not None:
+                delta.close()
+
+    def close(self) -> None:
+        self._let_go()
+        base, self._base = self._base, None
+        if base is not None:
+            base.let_go()
+
+    async def _opened_base(self) -> ImageVolume:
+        if self._base is None:
+            self._base = await ImageVolume.open(self.image, writable=True)
+        return self._base
+
+    # --- a session's work -----------------------------------------------------------------------------------------
+
+    def has_work(self) -> bool:
+        if self.generations.newest is None:
+            return self.image.exists()
+        return index_of(self.work).exists()
+
+    @property
+    def unfinished(self) -> Path:
+        return self.image
+
+    async def begin(self, size: int) -> tuple[Volume, bool]:
+        if self.generations.newest is None:
+            # Nothing is committed yet, so there is nothing to lose: the first sync writes in place.
+            continued = await in_thread(self._make_image, size)
+            return await ImageVolume.open(self.image, writable=True), continued
+        continued = await in_thread(self._open_work, size)
+        top, base = self._work, await self._opened_base()
+        assert top is not None
+        volume = OverlayVolume(str(self.work), size, base, lambda: (top,), self._gate, top=top, limit=self._limit)
+        return volume, continued
+
+    def _make_image(self, size: int) -> bool:
+        continued = self.image.exists()
+        fd = disk.create(self.image)
+        try:
+            if self.generations.adopted_size is None and os.fstat(fd).st_size > size:
+                # An unfinished first sync of a larger source.
+                disk.truncate(fd, 0)
+                continued = False
+            disk.truncate(fd, size)
+        finally:
+            os.close(fd)
+        disk.crash_point("open-work-made")
+        return continued
+
+    def _open_work(self, size: int) -> bool:
+        try:
+            self._work = Delta.open(self.work)
+            continued = True
+        except BlockferryError as error:
+            if error.code is not Code.CORRUPT_STATE:
+                raise
+            # Missing or damaged: it costs time, nothing else.
+            Delta.remove(self.work)
+            self._work = Delta.create(self.work, size)
+            continued = False
+        self._work.resize(size)
+        disk.crash_point("open-work-made")
+        return continued
+
+    async def end(self, work: Volume) -> None:
+        await work.close()
+        delta, self._work = self._work, None
+        if delta is not None:
+            delta.close()
+
+    async def discard(self) -> None:
+        if self.generations.newest is None:
+            await in_thread(disk.unlink, self.image)
+        else:
+            await in_thread(Delta.remove, self.work)
+            if self._reservations:
+                await (await self._opened_base()).release()
+                self._reservations = 0
+        disk.crash_point("discard-removed")
+
+    async def adopt(self, image: Path) -> None:
+        await in_thread(move_durably, image, self.image)
+
+    async def take_back(self, image: Path) -> None:
+        newest = self.generations.newest
+        assert newest is not None
+        theirs = await ImageVolume.open(image)
+        try:
+            ours, _ = await self.begin(max(theirs.size, newest.size))
+            try:
+                await copying.bring(theirs, ours)
+                await ours.flush()
+            finally:
+                await self.end(ours)
+        finally:
+            await theirs.close()
+
+    # --- a commit -------------------------------------------------------------------------------------------------
+
+    async def seal(self, work: Volume, point: Point) -> None:
+        newest, redo = self.generations.newest, self._work
+        if newest is None:
+            await in_thread(disk.fsync_directory, self.directory)
+            return
+        assert redo is not None
+        self._undo[newest.commit_id] = await self._capture(newest, redo)
+        base = await self._opened_base()
+        self._reservations += 1
+        await base.reserve(extents(redo.data, base.size))
+        disk.crash_point("commit-space-reserved")
+        target = self._named(point, REDO)
+        await in_thread(disk.rename, self.work, target)
+        disk.crash_point("commit-redo-renamed")
+        await in_thread(rename_durably, index_of(self.work), index_of(target))
+        redo.path = target
+        disk.crash_point("commit-renamed")
+
+    async def _capture(self, newest: Point, redo: Delta) -> Delta:
+        """The before-images of everything that `redo` changes, complete and durable."""
+        path = self._named(newest, UNDO)
+        undo = await in_thread(Delta.create, path, newest.size)
+        try:
+            await copying.capture(await self._opened_base(), below(redo.data | redo.zero, newest.size), undo)
+            await in_thread(undo.flush)
+            disk.crash_point("commit-undo-flushed")
+            await in_thread(undo.save, undo.data, undo.zero)
+        except BaseException:
+            undo.close()
+            raise
+        disk.crash_point("commit-undo-captured")
+        return undo
+
+    async def publish(self, point: Point, record: Callable[[], None]) -> None:
+        async with self._gate.closed():
+            await in_thread(record)
+            self._redo, self._work = self._work, None
+
+    async def complete(self) -> None:
+        redo = self._redo
+        if redo is None:
+            return
+        base = await self._opened_base()
+        if base.size < redo.size:
+            await base.resize(redo.size)
+        disk.crash_point("complete-begun")
+        await copying.apply(redo, base)
+        disk.crash_point("complete-applied")
+        await base.flush()
+        if self._reservations > 1:
+            # An attempt before this one may have reserved what this one did not need.
+            await base.release()
+        self._reservations = 0
+        disk.crash_point("complete-flushed")
+        async with self._gate.closed():
+            self._redo = None
+            redo.close()
+        await in_thread(Delta.remove, redo.path)
+        disk.crash_point("complete-redo-removed")
+
+    async def drop(self, point: Point, record: Callable[[], None]) -> None:
+        undo = self._undo.get(point.commit_id)
+        before = [one for one in self.generations.points if one.number < point.number]
+        older = self._undo.get(before[-1].commit_id) if before else None
+        if older is not None and undo is not None:
+            await copying.merge(undo, older)
+        elif older is not None and not self._whole(point):
+            # What the older one needs of this one is damaged. It must never be read without it.
+            self._broken[before[-1].commit_id] = f"those of generation {point.number}, which it needs, were damaged"
+            await in_thread(remove_durably, index_of(older.path))
+        await in_thread(record)
+        disk.crash_point("drop-recorded")
+        async with self._gate.closed():
+            self._undo.pop(point.commit_id, None)
+            self._broken.pop(point.commit_id, None)
+            if undo is not None:
+                undo.close()
+        await in_thread(Delta.remove, self._named(point, UNDO))
+        await in_thread(disk.unlink, self._named(point, IMAGE))
+        disk.crash_point("drop-image-removed")
+
+    # --- committed generations ------------------------------------------------------------------------------------
+
+    def _layers(self, point: Point) -> list[Delta]:
+        """What is read over the image for a generation, in this order."""
+        if point == self.generations.newest:
+            return [self._redo] if self._redo is not None else []
+        newer = [one for one in self.generations.points[:-1] if one.number >= point.number]
+        with contextlib.suppress(KeyError):
+            return [self._undo[one.commit_id] for one in newer]
+        raise corrupt(self._named(point, UNDO), self.problem(point))
+
+    async def open_point(self, point: Point) -> Volume:
+        if self._whole(point) and point != self.generations.newest:
+            return await ImageVolume.open(self._named(point, IMAGE))
+        problem = self.problem(point)
+        if problem:
+            raise corrupt(self._named(point, UNDO), problem)
+        return OverlayVolume(
+            f"{self.image}@{point.number}",
+            point.size,
+            await self._opened_base(),
+            lambda: self._layers(point),
+            self._gate,
+        )
+
+    def path(self, point: Point) -> Path | None:
+        if point == self.generations.newest:
+            return self.image if self._redo is None else None
+        return self._named(point, IMAGE) if self._whole(point) else None
+
+    def problem(self, point: Point) -> str:
+        if self._whole(point):
+            return ""
+        if not self.image.exists():
+            return "its image is missing"
+        for one in self.generations.points[:-1]:
+            if one.number >= point.number and one.commit_id in self._broken:
+                return f"the before-images of generation {one.number} are damaged: {self._broken[one.commit_id]}"
+        return ""
+
+    def bytes_held(self, point: Point) -> int:
+        if self._whole(point):
+            return unshared_bytes_of(self._named(point, IMAGE))
+        if point == self.generations.newest:
+            return unshared_bytes_of(self.image)
+        return unshared_bytes_of(self._named(point, UNDO))
+
+    def forget_pages(self, point: Point) -> None:
+        forget_pages_of(self._named(point, IMAGE) if self._whole(point) else self.image)
+        for delta in self._layers(point):
+            delta.forget_pages()
+
+    async def room_to_hand_out(self, point: Point) -> int:
+        volume = await self.open_point(point)
+        try:
+            return sum(length for _, length in await volume.data_extents(0, volume.size))
+        finally:
+            await volume.close()
+
+    async def hand_out(self, point: Point, target: Path, progress: Callable[[int, int], None]) -> None:
+        volume = await self.open_point(point)
+        try:
+            made = await ImageVolume.create(target, volume.size)
+            try:
+                await copying.copy(volume, made, progress)
+            finally:
+                await made.close()
+        finally:
+            await volume.close()
