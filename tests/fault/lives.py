@@ -22,17 +22,14 @@ from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
 from blockferry.common.volumes import ImageVolume
 from blockferry.server.cache import DigestCache
+from blockferry.server.generations import Point
 from blockferry.server.replica import Replica
 from blockferry.server.session import State as ReplicaState
-from blockferry.server.store import Point, Store
+from blockferry.server.store import Store
 from blockferry.v1 import replication_pb2 as pb
 
-from tests.fault.powerloss import (
-    FlushFile,
-    Killed,
-    Operation,
-    Recorder,
-)
+from tests.fault.contents import content_of, files_of
+from tests.fault.powerloss import FlushFile, Killed, Operation, Recorder
 from tests.images import BLOCK, KIB, noise
 
 REGION = 64 * KIB
@@ -64,10 +61,9 @@ SNAPSHOTS = {
 
 @dataclass(frozen=True)
 class Opening:
-    """A session is about to be asked for; `replaces` is the generation it may overwrite."""
+    """A session is about to be asked for."""
 
     snapshot: str
-    replaces: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -118,14 +114,12 @@ class Promises:
     minted: list[bytes] = field(default_factory=list)
     answered: list[bytes] = field(default_factory=list)
     keep: Retention | None = None
-    replaced: set[bytes] = field(default_factory=set)
 
     def take(self, what: object) -> None:
         """The next mark."""
         match what:
-            case Opening(snapshot, replaces):
+            case Opening(snapshot):
                 self.snapshot = snapshot
-                self.replaced |= {replaces} - {b""}
                 if self.checkpoint is not None and self.checkpoint.snapshot != snapshot:
                     self.checkpoint = None
             case Opened(epoch):
@@ -178,9 +172,8 @@ class World:
         replica, self._replica = self._replica, None
         if replica is not None:
             replica.store.abandon()
-            if replica.session is not None:
-                assert isinstance(replica.session.volume, ImageVolume)
-                os.close(replica.session.volume._fd)
+            if replica.session is not None and isinstance(replica.session.volume, ImageVolume):
+                replica.session.volume.let_go()
 
     async def stop(self) -> None:
         """The server ends in an orderly way."""
@@ -192,11 +185,9 @@ class World:
         """One sync as the client does it; with `stop_at` its client is gone before that region."""
         replica = self.replica
         store = replica.store
-        newest = store.newest
-        self._mark(Opening(snapshot, newest.commit_id if newest and not self.clones else b""))
-        session = await replica.open_session(
-            pb.OpenSessionRequest(volume=NAME, size=SIZE, snapshot_id=snapshot, in_place=not self.clones)
-        )
+        newest = store.generations.newest
+        self._mark(Opening(snapshot))
+        session = await replica.open_session(pb.OpenSessionRequest(volume=NAME, size=SIZE, snapshot_id=snapshot))
         self._mark(Opened(session.epoch))
         ref = pb.SessionRef(session_id=session.session_id, epoch=session.epoch)
         replica_uuid = bytes.fromhex(store.identity.uuid)
@@ -218,6 +209,7 @@ class World:
             raise _AnswerLost(ref, commit_id, keep) from death
         self._mark(Answered(commit_id, keep))
         self.ledger.confirm(record)
+        await replica.complete()
         return point
 
     async def ask_again(self, lost: _AnswerLost) -> None:
@@ -286,11 +278,11 @@ class Life:
         """From the creation of a replica to its last sync."""
         with self.recorder.recording():
             try:
-                await (self._on_clones() if self.clones else self._in_place())
+                await self._live()
             finally:
                 self._world.abandon()
 
-    async def _on_clones(self) -> None:
+    async def _live(self) -> None:
         await self._sync("a", stop_at=3)
         await self._restart(clean=False)
         await self._sync("a", stop_at=4)
@@ -305,14 +297,6 @@ class Life:
         await self._discarded("f")
         await self._restart(clean=True)
         await self._sync("a", keep=KEEP)
-
-    async def _in_place(self) -> None:
-        await self._sync("a")
-        await self._restart(clean=True)
-        await self._sync("b", stop_at=3)
-        await self._restart(clean=False)
-        await self._sync("b", keep=KEEP)
-        await self._sync("c")
 
     async def _sync(self, snapshot: str, *, stop_at: int = REGIONS, keep: Retention | None = None) -> None:
         while True:
@@ -454,34 +438,30 @@ async def check(root: Path, clones: bool, promises: Promises) -> None:
     try:
         store = world.replica.store
         assert store.session.epoch >= promises.epoch, "an epoch that a client has seen is forgotten"
-        _check_points(store, promises)
+        await _check_points(store, promises)
         _check_ledger(world, store, promises)
         await _check_next_sync(world, directory, promises)
     finally:
         world.abandon()
 
 
-def _check_points(store: Store, promises: Promises) -> None:
-    present = {point.commit_id: point for point in store.points}
-    newest = store.newest
+async def _check_points(store: Store, promises: Promises) -> None:
+    generations = store.generations
+    present = {point.commit_id: point for point in generations.points}
+    newest = generations.newest
     for commit_id, point in present.items():
-        assert store.image(point).read_bytes() == SNAPSHOTS[promises.asked[commit_id]], "a point is not what it was"
+        assert await content_of(store, point) == SNAPSHOTS[promises.asked[commit_id]], "a point is not what it was"
         trusted = store.trusted_digests(point)
         for region, known in (trusted or DigestCache()).items():
             content = SNAPSHOTS[promises.asked[commit_id]][region * REGION : (region + 1) * REGION]
             assert known == digest(content, store.identity.key), "a digest vouches for something else"
     for commit_id in promises.answered:
-        known_as = store.committed(commit_id)
+        known_as = generations.committed(commit_id)
         assert known_as is not None, "an acknowledged commit is forgotten"
-        if commit_id in present:
-            continue
         dropped = newest is not None and newest.number - known_as.number >= KEEP.last
-        overwritten = commit_id in promises.replaced and (
-            store.overwritten or (newest and newest.number > known_as.number)
-        )
-        assert dropped or overwritten, "a point is gone"
+        assert commit_id in present or dropped, "a point is gone"
     if promises.keep is not None:
-        assert store.keep == promises.keep, "the retention rules are forgotten"
+        assert generations.keep == promises.keep, "the retention rules are forgotten"
 
 
 def _check_ledger(world: World, store: Store, promises: Promises) -> None:
@@ -492,7 +472,9 @@ def _check_ledger(world: World, store: Store, promises: Promises) -> None:
     commit_id = bytes.fromhex(last.commit_id)
     # A later id may be on the disk already: it is minted before anybody knows.
     assert commit_id not in promises.minted[:-1], "the source remembers an older commit id"
-    assert not last.confirmed or store.committed(commit_id) is not None, "a commit that is not there is confirmed"
+    assert not last.confirmed or store.generations.committed(commit_id) is not None, (
+        "a commit that is not there is confirmed"
+    )
 
 
 async def _check_next_sync(world: World, directory: Path, promises: Promises) -> None:
@@ -504,18 +486,15 @@ async def _check_next_sync(world: World, directory: Path, promises: Promises) ->
     checkpoint = promises.checkpoint
     if checkpoint is not None:
         assert checkpoint.snapshot == snapshot, "durable progress is forgotten"
-        session = await world.replica.open_session(
-            pb.OpenSessionRequest(volume=NAME, size=SIZE, snapshot_id=snapshot, in_place=not world.clones)
-        )
+        session = await world.replica.open_session(pb.OpenSessionRequest(volume=NAME, size=SIZE, snapshot_id=snapshot))
         assert checkpoint.regions <= set(session.settled), "durable regions are forgotten"
         world.replica.release(pb.SessionRef(session_id=session.session_id, epoch=session.epoch))
     point = await world.sync(snapshot)
     assert point is not None
-    assert store.image(point).read_bytes() == SNAPSHOTS[snapshot], "the next sync commits something else"
+    assert await content_of(store, point) == SNAPSHOTS[snapshot], "the next sync commits something else"
+    path = world.replica.path
+    assert path is not None and path.read_bytes() == SNAPSHOTS[snapshot], "the image is something else"
     assert world.replica.state is ReplicaState.CONSISTENT
+    needed, allowed = files_of(store)
     files = set(os.listdir(directory))
-    expected = {"replica.json", "commits.log", "session.json"}
-    for one in store.points:
-        expected |= {store.image(one).name, store.image(one).with_suffix(".digests").name}
-    assert files - {"progress.json"} <= expected, "files nobody needs are left"
-    assert {name for name in expected if not name.endswith(".digests")} <= files
+    assert needed <= files <= allowed, "files nobody needs are left"

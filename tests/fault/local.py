@@ -13,6 +13,7 @@ import pytest
 from blockferry.common import disk, rpc
 from blockferry.common.flow import ByteBudget
 from blockferry.common.retention import Retention
+from blockferry.server import pool as pool_module
 from blockferry.server.pool import Pool
 from blockferry.server.replica import Replica
 from blockferry.server.replicas import ReplicasService
@@ -51,12 +52,11 @@ class Local:
     ) -> Local:
         """Open a pool; `clones` False: as on a file system that cannot clone."""
         await asyncio.to_thread(directory.mkdir, exist_ok=True)
-        pool = await Pool.open("main", directory, lease, floor or Retention(last=1))
-        if clones is not None:
-            assert pool.clones or not clones, f"{directory} is on a file system that cannot clone files"
-            pool.clones = clones
-            for replica in pool.list():
-                replica.store.clones = clones
+        with pytest.MonkeyPatch.context() as patch:
+            if clones is False:
+                patch.setattr(pool_module, "_can_clone", lambda path: False)
+            pool = await Pool.open("main", directory, lease, floor or Retention(last=1))
+        assert clones is None or pool.clones == clones, f"{directory} is on a file system that cannot clone files"
         return cls(pool)
 
     async def stop(self) -> None:
@@ -66,6 +66,7 @@ class Local:
     async def die(self) -> None:
         """As if the process were killed: files are let go of as they are, and nothing is noted."""
         for replica in self.pool.list():
+            await replica.stop_completing()
             if replica.session is not None:
                 await replica.session.volume.close()
             replica.store.abandon()

@@ -264,14 +264,19 @@ class Recorder:
         self._note(Rename(self._directory(source.parent), source.name, target.name))
         os.replace(source, target)
 
+    def _link(self, source: Path, target: Path) -> None:
+        self._note(Name(self._directory(target.parent), target.name, self._nodes[source.stat().st_ino]))
+        os.link(source, target)
+
     def _unlink(self, path: Path) -> None:
         if path.exists():
             self._note(Name(self._directory(path.parent), path.name, None))
             path.unlink()
 
     def _fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
-        # Any mode that the zeroing ladder knows makes zeros and keeps the size.
-        self._note(Zero(self._node(fd), offset, length))
+        # Any other mode that we use makes zeros and keeps the size.
+        if mode != linux.RESERVE:
+            self._note(Zero(self._node(fd), offset, length))
         _fallocate(fd, mode, offset, length)
 
     def _reflink(self, source_fd: int, target_fd: int) -> None:
@@ -281,7 +286,8 @@ class Recorder:
 
 
 _FUNCTIONS = (
-    "create", "make_directory", "pwrite", "append", "truncate", "fsync", "fsync_directory", "rename", "unlink",
+    "create", "make_directory", "pwrite", "append", "truncate", "fsync", "fsync_directory", "rename", "link",
+    "unlink",
 )  # fmt: skip
 _disk: dict[str, Callable[..., Any]] = {name: getattr(disk, name) for name in ("create", "make_directory")}
 _fallocate = linux.fallocate

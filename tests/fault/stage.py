@@ -27,6 +27,7 @@ from blockferry.common.volumes import ImageVolume
 from blockferry.v1 import replicas_pb2 as replicas
 from blockferry.v1 import replication_pb2 as pb
 
+from tests.fault.contents import contents_in, images_of
 from tests.images import BLOCK, KIB, MIB, Piece, build, noise
 from tests.support import Report, Server, command
 
@@ -132,7 +133,6 @@ class Stage:
         self.former = self.attempted = b""
         self.in_doubt = False
         """A client died, and its commit may still be on its way."""
-        self.overwriting = False
         self._generations = itertools.count(1)
 
     @property
@@ -156,21 +156,18 @@ class Stage:
         """Give the source other content."""
         build(self.source, self.size, picture(next(self._generations), self.size // REGION))
         self.former, self.attempted = self.attempted, self.source.read_bytes()
-        self.overwriting = not self.clones and bool(self.contents)
 
     @property
     def options(self) -> SyncOptions:
         """How every sync here is done."""
-        return SyncOptions(
-            region_size=REGION, in_place=not self.clones, keep=Retention(last=KEEP), state_directory=self.state
-        )
+        return SyncOptions(region_size=REGION, keep=Retention(last=KEEP), state_directory=self.state)
 
     @property
     def words(self) -> list[str]:
         """The command line of a sync."""
         return command(
             "sync", self.source, self.server.url(self.volume), "--region-size", REGION, "--keep", f"last={KEEP}",
-            "--state-dir", self.state, "--json", "--quiet", *(() if self.clones else ("--in-place",)),
+            "--state-dir", self.state, "--json", "--quiet",
         )  # fmt: skip
 
     def beside(self) -> Stage:
@@ -265,7 +262,7 @@ class Stage:
                 "Replication/OpenSession",
                 pb.OpenSessionRequest(
                     protocol_version=1, volume=self.volume, size=self.size, region_size=REGION,
-                    in_place=not self.clones, snapshot_id=snapshot_id,
+                    snapshot_id=snapshot_id,
                 ),
                 pb.OpenSessionResponse,
             )  # fmt: skip
@@ -280,22 +277,25 @@ class Stage:
 
     # --- what must hold -----------------------------------------------------------------------------------------------
 
-    async def points(self) -> dict[int, Path]:
-        """The images of the recovery points, by number."""
+    async def points(self) -> dict[int, replicas.RecoveryPoint]:
+        """The recovery points, by number, once the newest is one complete image."""
         connection = Connection(Address.parse(self.server.url(self.volume)))
         try:
-            found = await connection.call(
-                "Replicas/ListRecoveryPoints",
-                replicas.ListRecoveryPointsRequest(volume=self.volume),
-                replicas.ListRecoveryPointsResponse,
-            )
+            while True:
+                found = await connection.call(
+                    "Replicas/ListRecoveryPoints",
+                    replicas.ListRecoveryPointsRequest(volume=self.volume),
+                    replicas.ListRecoveryPointsResponse,
+                )
+                if not found.points or found.points[0].path:
+                    return {point.number: point for point in found.points}
+                await asyncio.sleep(0.01)
         except BlockferryError as error:
             if error.code is not Code.NOT_FOUND or self.contents:
                 raise
             return {}
         finally:
             await connection.close()
-        return {point.number: Path(point.path) for point in found.points}
 
     async def verify(self) -> None:
         """After a death: the newest generation is the one before or the one that was asked for, every point is what was
@@ -306,42 +306,47 @@ class Stage:
             self.contents[self.newest + 1] = self.attempted
         self.in_doubt = False
         expected = set(range(max(self.newest - KEEP + 1, 1), self.newest + 1))
-        if not self.clones:
-            # Without clones there is one generation at most, and none while it is being replaced.
-            expected = {self.newest} - {0}
-            assert points.keys() == expected or (self.overwriting and not points)
-        else:
-            # The oldest may not be dropped yet.
-            assert expected <= points.keys() <= expected | {self.newest - KEEP} - {0}
-        for number, path in points.items():
-            assert path.read_bytes() == self.contents[number], f"generation {number} is not what was committed"
+        # The oldest may not be dropped yet.
+        assert expected <= points.keys() <= expected | {self.newest - KEEP} - {0}
+        await self._verify_contents(points)
         self._verify_files(points, work=True)
 
     async def verify_next(self) -> None:
         """The next sync succeeds, and leaves exactly what is needed."""
         self.change_source()
-        self.overwriting = False
         await self.sync()
         await self.verify_rest()
 
     async def verify_rest(self) -> None:
         """After a sync: the recovery points are those that are kept, whole, and nothing else lies about."""
         points = await self.points()
-        kept = KEEP if self.clones else 1
-        assert points.keys() == set(range(max(self.newest - kept + 1, 1), self.newest + 1))
-        for number, path in points.items():
-            assert path.read_bytes() == self.contents[number], f"generation {number} is not what was committed"
+        assert points.keys() == set(range(max(self.newest - KEEP + 1, 1), self.newest + 1))
+        await self._verify_contents(points)
         self._verify_files(points, work=False)
 
-    def _verify_files(self, points: dict[int, Path], *, work: bool) -> None:
+    async def _verify_contents(self, points: dict[int, replicas.RecoveryPoint]) -> None:
+        if points and not self.clones:
+            found = await contents_in(self.directory, self.source.parent)
+            assert found == {number: self.contents[number] for number in sorted(points)}
+        for number, point in points.items():
+            assert self.clones or number == max(points) or not point.path
+            if point.path:
+                found_there = Path(point.path).read_bytes()
+                assert found_there == self.contents[number], f"generation {number} is not what was committed"
+
+    def _verify_files(self, points: dict[int, replicas.RecoveryPoint], *, work: bool) -> None:
         assert [path.name for path in self.server.pool.iterdir() if path.name.startswith(".new-")] == []
         if not self.directory.exists():
             assert not points
             return
         files = {path.name for path in self.directory.iterdir()}
-        images = {path.name for path in points.values()}
-        digests = {path.with_suffix(".digests").name for path in points.values()}
-        allowed = STATE_FILES | images | digests | ({"work.img"} if work else set())
+        commit_ids = [points[number].commit_id for number in sorted(points)]
+        images = images_of(commit_ids, "clones" if self.clones else "journal")
+        allowed = STATE_FILES | images | {f"{commit_id.hex()}.digests" for commit_id in commit_ids}
+        if work and self.clones:
+            allowed.add("work.img")
+        elif work:
+            allowed |= {"work.redo", "work.redo.index"} if points else {"image.raw"}
         assert files <= allowed, f"nobody needs {sorted(files - allowed)}"
         assert images <= files
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
+from blockferry.server import generations as generations_module
+from blockferry.server import points as points_module
 from blockferry.server import replica as replica_module
-from blockferry.server import store as store_module
 from blockferry.v1 import replication_pb2 as pb
 
 from tests.fault.local import Clock, Local
@@ -29,7 +30,7 @@ DAY = timedelta(days=1)
 
 
 class WallClock:
-    """Stands in for the `time` module of store.py."""
+    """Stands in for the `time` module of generations.py."""
 
     def __init__(self) -> None:
         self.now = datetime(2024, 2, 29, 23, 30, tzinfo=UTC)
@@ -42,14 +43,15 @@ class WallClock:
 @pytest.fixture
 def wall(monkeypatch: pytest.MonkeyPatch) -> WallClock:
     wall = WallClock()
-    monkeypatch.setattr(store_module, "time", wall)
+    monkeypatch.setattr(generations_module, "time", wall)
     return wall
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(replica_module, "time", clock)
+    for module in (replica_module, points_module):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 

@@ -1,4 +1,4 @@
-"""Commits whose answer is lost, sessions that are resumed, and updates in place: two processes and what lies between.
+"""Commits whose answer is lost, sessions that are resumed, and updates where nothing can be cloned: two processes and what lies between.
 
 Proves that a commit id is durable at the source before the commit is asked for and reconciled afterwards, that a lost
 answer is asked for again and never makes a second generation, that only the very same immutable snapshot continues
@@ -14,16 +14,15 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from blockferry.v1 import replication_pb2 as pb
 
 from tests.conftest import ServerFactory
 from tests.fault.proxy import DOWN, Proxy, proxied
-from tests.fault.raw import REGION, Raw, Refused, change_message, write_request
+from tests.fault.raw import REGION, Raw, change_message, write_request
 from tests.images import KIB, MIB, Hole, build, change, noise
-from tests.support import Finished, Report, Server, command, finish, ok, refused, run_cli, start_cli, until
+from tests.support import Report, Server, command, finish, ok, refused, run_cli, start_cli, until
 
 # --- the ledger -------------------------------------------------------------------------------------------------------
 
@@ -257,7 +256,7 @@ def test_a_killed_sync_of_a_snapshot_goes_on_where_it_was_durable(
     assert server.image(volume).read_bytes() == source.read_bytes()
 
 
-# --- in place ---------------------------------------------------------------------------------------------------------
+# --- where nothing can be cloned ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -276,62 +275,50 @@ def plain(tmp_path: Path) -> Iterator[Server]:
     server.stop()
 
 
-def _files(server: Server, volume: str) -> dict[str, Any]:
-    """Names, inodes and change times of a replica's files, but for the epoch's."""
-    return {
-        path.name: (path.stat().st_ino, path.stat().st_ctime_ns, path.stat().st_size)
-        for path in (server.pool / volume).iterdir()
-    }
-
-
-def test_an_update_that_cannot_be_safe_is_refused(plain: Server, volume: str, tmp_path: Path) -> None:
-    source = build(tmp_path / "source", 4 * MIB, [(0, noise(1, 4 * MIB))])
-    plain.sync(source, volume)
-    before, content = _files(plain, volume), source.read_bytes()
-    change(source, [(0, noise(2, 64 * KIB))])
-    done: Finished = run_cli("sync", source, plain.url(volume), "--quiet")
-    refused(done, volume, "cannot clone files", "--in-place", "XFS or Btrfs")
-    assert _files(plain, volume) == before
-    assert plain.image(volume).read_bytes() == content
-    shown = plain.show(volume)
-    assert (shown["state"], shown["unsafe"], shown["generation"]) == ("CONSISTENT", False, 1)
-
-
-def test_an_update_in_place_shows_while_it_runs(plain: Server, volume: str, tmp_path: Path) -> None:
+def test_an_update_leaves_the_image_alone_until_it_is_committed(plain: Server, volume: str, tmp_path: Path) -> None:
     source = build(tmp_path / "source", 32 * MIB, [(0, noise(1, 32 * MIB))])
     plain.sync(source, volume)
+    first = source.read_bytes()
+    image = plain.image(volume)
+    before = image.stat()
     change(source, [(0, noise(2, 32 * MIB))])
-    syncing = start_cli("sync", source, plain.url(volume), "--quiet", "--in-place", "--bwlimit", "8M")
+    syncing = start_cli("sync", source, plain.url(volume), "--quiet", "--bwlimit", "8M")
     try:
+        redo = plain.pool / volume / "work.redo"
+        until(lambda: redo.exists() and redo.stat().st_blocks * 512 > 4 * MIB, "the update is under way")
+        shown = plain.show(volume)
+        assert (shown["state"], shown["generation"], shown["path"]) == ("UPDATING", 1, str(image))
+        assert shown["session_client"].endswith(f"(process {syncing.pid})")
         with Raw(plain.address) as raw:
-            until(lambda: raw.show(volume).unsafe, "the update has begun")
-            shown = plain.show(volume)
-            assert (shown["state"], shown["generation"], shown["path"]) == ("SYNCING", 0, None)
-            assert shown["session_client"].endswith(f"(process {syncing.pid})")
-            assert ok("replica", "points", plain.url(volume))["points"] == []
-            with pytest.raises(Refused) as caught:
-                raw.read(volume, 1, 0, 4096)
-            assert caught.value.reason == "NOT_FOUND" and "overwritten in place" in caught.value.line
+            assert raw.read(volume, 1, 0, 32 * MIB) == first
     finally:
         syncing.kill()
         finish(syncing)
-    # Killed: there is no consistent image, and no flag is needed to go on.
+    after = image.stat()
+    assert (after.st_ctime_ns, after.st_blocks) == (before.st_ctime_ns, before.st_blocks)
     shown = plain.show(volume)
-    assert (shown["state"], shown["generation"], shown["path"], shown["unsafe"]) == ("SYNCING", 0, None, True)
-    assert "UNSAFE" in run_cli("replica", "show", plain.url(volume)).stdout
+    assert (shown["state"], shown["generation"], shown["kind"]) == ("CONSISTENT", 1, "journal")
     report = plain.sync(source, volume)
     assert report["generation"] == 2
-    shown = plain.show(volume)
-    assert (shown["state"], shown["generation"], shown["unsafe"]) == ("CONSISTENT", 2, False)
-    assert Path(shown["path"]).read_bytes() == source.read_bytes()
+    # What had arrived was found in the journal and is not sent again.
+    assert report["bytes"]["data_sent"] < 32 * MIB - 2 * MIB
+    until(lambda: plain.show(volume)["path"] is not None, "the journal is applied")
+    assert image.read_bytes() == source.read_bytes()
+    with Raw(plain.address) as raw:
+        assert raw.read(volume, 1, 0, 32 * MIB) == first
+    assert sorted(path.suffix for path in (plain.pool / volume).glob("*.redo*")) == []
 
 
-def test_an_update_in_place_of_little(plain: Server, volume: str, tmp_path: Path) -> None:
+def test_an_update_of_little_through_the_journal(plain: Server, volume: str, tmp_path: Path) -> None:
     source = build(tmp_path / "source", 4 * MIB, [(0, noise(1, 4 * MIB))])
     plain.sync(source, volume)
     change(source, [(MIB, noise(2, 8 * KIB)), (2 * MIB, Hole(MIB))])
-    report = plain.sync(source, volume, "--in-place")
+    report = plain.sync(source, volume)
     assert report["bytes"]["destination_written"] == 8 * KIB
+    assert report["bytes"]["unmapped"] == MIB
     assert report["generation"] == 2
+    until(lambda: plain.show(volume)["path"] is not None, "the journal is applied")
     assert plain.image(volume).read_bytes() == source.read_bytes()
-    assert [point["number"] for point in ok("replica", "points", plain.url(volume))["points"]] == [2]
+    points = ok("replica", "points", plain.url(volume))["points"]
+    # The older one costs its before-images, and nothing else.
+    assert [(point["number"], point["bytes_held"]) for point in points] == [(2, 3 * MIB), (1, MIB + 8 * KIB)]

@@ -44,21 +44,23 @@ BOTH = _named(blockferry.common)
 SERVER = _named(blockferry.server)
 CLIENT = _named(blockferry.client)
 
-IN_PLACE = {name for name in SERVER | BOTH if name.startswith(("open-", "commit-", "log-", "apply-"))}
-"""Names gone through on a file system that cannot clone too."""
-
 CLONES_ONLY = {"open-cloned"}
-IN_PLACE_ONLY = {name for name in SERVER if name.startswith("open-overwrite-")}
+JOURNAL_ONLY = {
+    name
+    for name in SERVER
+    if name.startswith(
+        ("complete-", "commit-undo-", "commit-redo-", "commit-space-", "drop-undo-", "drop-merge-", "delta-")
+    )
+}
 STARTING = {name for name in SERVER if name.startswith("start-")}
+HANDING_OVER = {
+    name for name in SERVER | BOTH if name.startswith(("promote-", "demote-", "delete-", "adopt-", "move-"))
+}
+"""Gone through in test_handover_crashes.py."""
 
 
 def _passes(name: str) -> range:
-    return range(1, 1 + (ALL_PASSES if name in BOTH else PASSES))
-
-
-def _passes_in_place(name: str) -> range:
-    """Without the first sync, which is the same everywhere."""
-    return _passes(name) if name in BOTH | IN_PLACE_ONLY else range(2, 1 + PASSES)
+    return range(1, 1 + (ALL_PASSES if name in BOTH | JOURNAL_ONLY else PASSES))
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +81,12 @@ async def _life(stage: Stage) -> Death | None:
     """Until the server dies, or to the end."""
     stage.change_source()
     death = await stage.survive(stage.sync())
-    if stage.clones:
-        death = death or await stage.survive(stage.checkpoint())
+    death = death or await stage.survive(stage.checkpoint())
     for number in range(2):
         if death is None:
             stage.change_source()
             death = await stage.survive(stage.sync())
-        if death is None and number == 0 and stage.clones:
+        if death is None and number == 0:
             death = await stage.survive(stage.discard())
     if death is None:
         status = stage.server.stop()
@@ -108,7 +109,7 @@ async def _dies(stage: Stage) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", sorted((SERVER | BOTH) - IN_PLACE_ONLY - STARTING))
+@pytest.mark.parametrize("name", sorted((SERVER | BOTH) - JOURNAL_ONLY - STARTING - HANDING_OVER))
 async def test_the_server_dies(make_stage: StageFactory, xfs_pool_root: Path, name: str) -> None:
     hits = 0
     for number in _passes(name):
@@ -119,12 +120,12 @@ async def test_the_server_dies(make_stage: StageFactory, xfs_pool_root: Path, na
     print(f"{hits} deaths at {name}")
 
 
-@pytest.mark.parametrize("name", sorted(IN_PLACE - CLONES_ONLY))
+@pytest.mark.parametrize("name", sorted((SERVER | BOTH) - CLONES_ONLY - STARTING - HANDING_OVER))
 async def test_the_server_dies_where_nothing_can_be_cloned(
     make_stage: StageFactory, plain_pool_root: Path, name: str
 ) -> None:
     hits = 0
-    for number in _passes_in_place(name):
+    for number in _passes(name):
         if not await _dies(make_stage(plain_pool_root, f"{name}:{number}", clones=False)):
             break
         hits += 1
@@ -133,14 +134,28 @@ async def test_the_server_dies_where_nothing_can_be_cloned(
 
 
 @pytest.mark.parametrize(
-    ("name", "before"),
-    [("start-stamps-taken", ""), ("start-image-settled", "commit-renamed"), ("start-image-settled", "drop-recorded")],
+    ("clones", "name", "before"),
+    [
+        (True, "start-stamps-taken", ""),
+        (True, "start-image-settled", "commit-renamed"),
+        (True, "start-image-settled", "drop-recorded"),
+        (False, "start-stamps-taken", ""),
+        (False, "start-redo-settled", "commit-redo-renamed"),
+        (False, "start-redo-settled", "commit-renamed"),
+        (False, "delta-index-removed", "commit-space-reserved"),
+        (False, "delta-index-removed", "drop-recorded"),
+        (False, "complete-begun", "commit-recorded"),
+        (False, "complete-written", "complete-applied"),
+        (False, "complete-flushed", "complete-written"),
+        (False, "complete-redo-removed", "delta-index-removed"),
+    ],
 )
-async def test_the_server_dies_while_it_starts(
-    make_stage: StageFactory, xfs_pool_root: Path, name: str, before: str
+async def test_the_server_dies_while_it_recovers(
+    make_stage: StageFactory, xfs_pool_root: Path, plain_pool_root: Path, clones: bool, name: str, before: str
 ) -> None:
-    """`before`: where the server before it died, so that there is something to put right."""
-    stage = make_stage(xfs_pool_root, before)
+    """`before`: where the server before it died, so that there is something to put right; then the one that puts it
+    right dies too."""
+    stage = make_stage(xfs_pool_root if clones else plain_pool_root, before, clones=clones)
     stage.server.start()
     if before:
         assert await _syncs_to_death(stage) == KILLED
@@ -149,7 +164,8 @@ async def test_the_server_dies_while_it_starts(
         await stage.sync()
         assert stage.server.stop() == 0
     stage.server.doom = f"{name}:1"
-    assert stage.server.status_of_start() == KILLED
+    status = stage.server.status_of_start()
+    assert (status if status is not None else await asyncio.wait_for(stage.server.death(), 30)) == KILLED
     stage.server.doom = ""
     stage.server.start()
     await stage.verify()
@@ -177,7 +193,7 @@ TOLD = {"client-commit-answered", "client-commit-confirmed"}
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first", "update"])
-@pytest.mark.parametrize("name", sorted(CLIENT | BOTH - {"log-before-fsync"}))
+@pytest.mark.parametrize("name", sorted(CLIENT | BOTH - {"log-before-fsync"} - HANDING_OVER))
 async def test_the_client_dies(make_stage: StageFactory, xfs_pool_root: Path, name: str, first: bool) -> None:
     stage = make_stage(xfs_pool_root)
     stage.server.start()
@@ -209,6 +225,6 @@ def test_every_name_is_gone_through() -> None:
     """Each name belongs to the side it is named after, and to one of the tests above."""
     assert {name for name in CLIENT if not name.startswith("client-")} == set()
     assert {name for name in SERVER | BOTH if name.startswith("client-")} == set()
-    assert {"start-stamps-taken", "start-image-settled"} == STARTING
+    assert {"start-stamps-taken", "start-image-settled", "start-redo-settled"} == STARTING
     assert len(SERVER | CLIENT | BOTH) == len(SERVER) + len(CLIENT) + len(BOTH)
     print(f"{len(SERVER | CLIENT | BOTH)} crash points: {', '.join(sorted(SERVER | CLIENT | BOTH))}")

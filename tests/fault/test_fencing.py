@@ -19,6 +19,7 @@ from blockferry.common.digests import digest
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.regions import AllocationMap, Geometry
 from blockferry.common.volumes import ImageVolume
+from blockferry.server import points as points_module
 from blockferry.server import replica as replica_module
 from blockferry.server.session import State
 from blockferry.v1 import replication_pb2 as pb
@@ -34,7 +35,8 @@ LEASE = 60.0
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(replica_module, "time", clock)
+    for module in (replica_module, points_module):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -307,6 +309,6 @@ async def test_a_failed_flush_is_not_forgotten_with_its_client(local: Local, mon
             await local.commit("v", session, b"x" * 16)
         assert caught.value.code is Code.IO_ERROR
     await local.abort(session)
-    assert not local.replica("v").store.work.exists()
+    assert not local.replica("v").store.content.has_work()
     assert [point.number for point in await local.points("v")] == [1]
     assert local.replica("v").state is State.CONSISTENT

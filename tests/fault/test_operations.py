@@ -152,11 +152,11 @@ async def test_what_may_run_in_which_state(local: Local, row: str, call: str, co
         assert cell == "UNIMPLEMENTED"
         return
 
-    before = (replica.state, replica.session, replica.store.session, list(replica.store.points))
+    before = (replica.state, replica.session, replica.store.session, list(replica.store.generations.points))
     found = await outcome(run(local, ref))
     assert found == cell
     if found != "yes":
-        assert (replica.state, replica.session, replica.store.session, replica.store.points) == before
+        assert (replica.state, replica.session, replica.store.session, replica.store.generations.points) == before
 
 
 @pytest.mark.parametrize("column", ["`CONSISTENT`", "`UPDATING`", "`PROMOTED`"])
@@ -260,8 +260,8 @@ async def test_what_may_run_together(local: Local, monkeypatch: pytest.MonkeyPat
 
     replica = local.replica("v")
     if column == "commit" or (row == "commit" and found == "yes"):
-        assert [point.commit_id for point in replica.store.points][-1] == SECOND
-        assert replica.store.last_number == 2
+        assert [point.commit_id for point in replica.store.generations.points][-1] == SECOND
+        assert replica.store.generations.last_number == 2
     elif column == "OpenSession":
         assert replica.session is not None and replica.session.epoch == ref.epoch + 1
     elif row == "abort" or (column == "abort" and row != "OpenSession"):

@@ -1,10 +1,10 @@
 """Power failures: whatever part of what was not flushed is lost, every promise is kept, and every flush is needed.
 
-A source and a destination live a life in this process: an interrupted first sync, a resume, updates on clones or in
-place, retention, restarts, a discarded session. The recorder notes what they do to files. For moments of that life the
-model builds what a power failure may leave, and on each state the replica is opened and held to what was promised
-before that moment; then it is synced again. Then every flush is left out in turn, and some state must break a promise.
-Lives in which a process dies right before a flush and another takes over are gone through in the same way.
+A source and a destination live a life in this process: an interrupted first sync, a resume, updates on clones or
+through a journal, retention, restarts, a discarded session. The recorder notes what they do to files. For moments of
+that life the model builds what a power failure may leave, and on each state the replica is opened and held to what was
+promised before that moment; then it is synced again. Then every flush is left out in turn, and some state must break a
+promise. Lives in which a process dies right before a flush and another takes over are gone through in the same way.
 """
 
 from __future__ import annotations
@@ -157,11 +157,11 @@ def scratch() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def lives(scratch: Path) -> dict[bool, Life]:
-    """A life without a death on clones (True) and in place (False)."""
+    """A life without a death on clones (True) and with a journal (False)."""
     return {clones: _lived(scratch, clones=clones) for clones in (True, False)}
 
 
-both = pytest.mark.parametrize("clones", [True, False], ids=["clones", "in-place"])
+both = pytest.mark.parametrize("clones", [True, False], ids=["clones", "journal"])
 
 
 # --- the tests --------------------------------------------------------------------------------------------------------
@@ -304,7 +304,8 @@ def test_a_lost_log_is_not_taken_for_an_empty_one(scratch: Path) -> None:
         world = World(scratch, clones=False)
         point = await world.sync("a")
         assert point is not None
-        image = world.replica.store.image(point)
+        image = world.replica.path
+        assert image is not None
         await world.stop()
         return image
 

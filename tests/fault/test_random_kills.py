@@ -13,7 +13,7 @@ from tests.images import BLOCK, MIB, build, differing_blocks, noise
 from tests.support import finish, until
 
 SEED = 3
-KILLS = {True: 30, False: 10}
+KILLS = {True: 20, False: 20}
 """On a file system that can clone, and on one that cannot: about a minute together."""
 
 SIZE = 64 * MIB
@@ -36,7 +36,7 @@ async def test_killed_at_random_on_clones(make_stage: StageFactory, xfs_pool_roo
     assert {kind for _, kind, _ in done.kills} == {"first", "update"}
 
 
-async def test_killed_at_random_in_place(make_stage: StageFactory, xfs_pool_root: Path, tmp_path: Path) -> None:
+async def test_killed_at_random_with_a_journal(make_stage: StageFactory, xfs_pool_root: Path, tmp_path: Path) -> None:
     base = tmp_path / "plain"
     base.mkdir()
     with plain_xfs(base) as root, stages(tmp_path) as make:

@@ -21,6 +21,7 @@ from blockferry.common.digests import digest
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
 from blockferry.common.volumes import Volume
+from blockferry.server import points as points_module
 from blockferry.server import replica as replica_module
 from blockferry.server.replica import Replica
 from blockferry.server.session import TRANSITIONS, Event, State
@@ -29,6 +30,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
+from tests.fault.contents import content_of, files_of, read_all
 from tests.fault.local import Clock, Local
 from tests.fault.raw import REGION, write_request
 from tests.images import BLOCK, noise
@@ -63,7 +65,8 @@ class Model(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.patch = pytest.MonkeyPatch()
         self.clock = Clock()
-        self.patch.setattr(replica_module, "time", self.clock)
+        for module in (replica_module, points_module):
+            self.patch.setattr(module, "time", self.clock)
         self.directory = self.root / f"machine-{next(_numbers)}"
         self.local = self._run(self._start())
 
@@ -108,26 +111,18 @@ class Model(RuleBasedStateMachine):
     @rule(
         grow=st.booleans(),
         snapshot=st.sampled_from(["", "one", "one", "two"]),
-        in_place=st.booleans(),
         expire=st.booleans(),
     )
-    def open(self, grow: bool, snapshot: str, in_place: bool, expire: bool) -> None:
+    def open(self, grow: bool, snapshot: str, expire: bool) -> None:
         size = GROWN if grow else SIZE
         if expire:
             self.clock.now += LEASE
-        opening = self.local.open(NAME, size, grow=grow, snapshot_id=snapshot, in_place=in_place, client="model")
+        opening = self.local.open(NAME, size, grow=grow, snapshot_id=snapshot, client="model")
         if self.session is not None and self.clock.now < self.seen + LEASE:
             self._refused(Code.IN_USE, opening)
             return
         if self.generations and size < len(self.generations[self.last_number]):
             self._refused(Code.SIZE_MISMATCH, opening)
-            return
-        overwrites = not self.clones and bool(self.kept)
-        if overwrites and not in_place:
-            self._refused(Code.UNSUPPORTED, opening)
-            return
-        if overwrites and self.readers:
-            self._refused(Code.IN_USE, opening)
             return
         opened = self._run(opening)
         if self.session is not None:
@@ -135,7 +130,7 @@ class Model(RuleBasedStateMachine):
         self._move(Event.OPEN)
         assert opened.session.epoch == self.epoch + 1
         assert (opened.size, opened.region_size) == (size, REGION)
-        assert opened.generation == (0 if overwrites or not self.kept else self.kept[-1])
+        assert opened.generation == (self.kept[-1] if self.kept else 0)
         resumed = (
             self.work is not None
             and snapshot != ""
@@ -152,9 +147,6 @@ class Model(RuleBasedStateMachine):
         elif not self.generations and len(self.work) > size:
             # A first sync of something smaller than the one before starts over.
             self.work = bytearray()
-        if overwrites:
-            self._move(Event.OVERWRITE)
-            self.kept = []
         # What an earlier session had grown it by is cut off again.
         del self.work[size:]
         self.work.extend(bytes(size - len(self.work)))
@@ -166,16 +158,16 @@ class Model(RuleBasedStateMachine):
     def sync(self, region: int, seed: int, keep: int | None) -> None:
         """A short whole one, so that points pile up."""
         size = max(SIZE, len(self.generations[self.last_number])) if self.generations else SIZE
-        self.open(grow=size == GROWN, snapshot="", in_place=True, expire=False)
+        self.open(grow=size == GROWN, snapshot="", expire=False)
         if self.session is not None:
             self.write_whole(region, seed)
             self.commit(keep)
 
-    @precondition(lambda self: self.session is None and (self.clones or not self.kept))
+    @precondition(lambda self: self.session is None)
     @rule(region=regions, seed=seeds, other=regions)
     def interrupted(self, region: int, seed: int, other: int) -> None:
         """A session of an immutable snapshot that made something durable, and took some of it back."""
-        self.open(grow=self.size == GROWN, snapshot="one", in_place=False, expire=False)
+        self.open(grow=self.size == GROWN, snapshot="one", expire=False)
         if self.session is not None:
             self.write_whole(region, seed)
             self.write_whole(other, seed)
@@ -324,6 +316,16 @@ class Model(RuleBasedStateMachine):
         newest = self.kept[-max(self.keep, FLOOR) :]
         self.kept = [number for number in self.kept if number in newest or number in in_use]
 
+    @precondition(lambda self: self.session is not None)
+    @rule(keep=st.sampled_from([None, 1, 3]))
+    def die_after_a_commit(self, keep: int | None) -> None:
+        """Before anything that the commit has put off is done."""
+        while self.readers:
+            self._let_go(0)
+        self.replica.complete_soon = lambda: None  # type: ignore[method-assign]
+        self.commit(keep)
+        self.restart(clean=False)
+
     @precondition(lambda self: self.ids)
     @rule(data=st.data())
     def commit_again(self, data: st.DataObject) -> None:
@@ -337,9 +339,8 @@ class Model(RuleBasedStateMachine):
         assert self.session is not None
         self._run(self.local.abort(self.session, discard=discard))
         self._move(Event.CLOSE)
-        overwritten = bool(self.generations) and not self.kept
         self._end_session()
-        if discard and not overwritten:
+        if discard:
             self.work, self.durable = None, None
 
     def _end_session(self) -> None:
@@ -380,7 +381,7 @@ class Model(RuleBasedStateMachine):
     @rule(data=st.data())
     def read(self, data: st.DataObject) -> None:
         number = data.draw(st.sampled_from(self.kept))
-        reading = self.replica.reading(number)
+        reading = self.replica.points.reading(number)
         self.readers.append((number, reading, self._run(reading.__aenter__())))
 
     @precondition(lambda self: self.readers)
@@ -407,32 +408,37 @@ class Model(RuleBasedStateMachine):
         assert replica.state is self.state
         assert (replica.session is not None) == (self.session is not None)
         assert store.session.epoch == self.epoch
-        assert [point.number for point in store.points] == self.kept
-        assert store.overwritten == (bool(self.generations) and not self.kept)
-        # Without a newest generation one was given up, in place.
-        assert self.kept or not self.generations or not self.clones
+        assert [point.number for point in store.generations.points] == self.kept
+        assert bool(self.kept) == bool(self.generations)
         assert not self.kept or self.kept[-1] == self.last_number
-        for point in store.points:
+        # With a journal twice: read through the redo, which may not be applied yet, and once it is.
+        self._check_points()
+        self._run(replica.complete())
+        self._check_points()
+        if self.kept:
+            assert replica.path is not None and replica.path.read_bytes() == self.generations[self.kept[-1]]
+        if replica.session is not None and self.work is not None:
+            assert self._run(read_all(replica.session.volume)) == self.work
+            expected = self._digests(self.work)
+            for region, value in replica.session.digests.items():
+                assert value == expected[region], f"work image, region {region}"
+        needed, allowed = files_of(store, work=self.work is not None)
+        names = {path.name for path in store.directory.iterdir()}
+        if self.work is not None and not self.kept and not self.clones:
+            needed, allowed = needed | {"image.raw"}, allowed | {"image.raw"}
+        assert needed <= names <= allowed | {"clean.json"}
+        if self.clones:
+            assert ("work.img" in names) == (self.work is not None)
+
+    def _check_points(self) -> None:
+        store = self.replica.store
+        for point in store.generations.points:
             content = self.generations[point.number]
-            assert store.image(point).read_bytes() == content
+            assert self._run(content_of(store, point)) == content
             expected = self._digests(content)
             for found in (store.recorded_digests(point), store.trusted_digests(point)):
                 for region, value in found.items() if found is not None else ():
                     assert value == expected[region], f"generation {point.number}, region {region}"
-        if self.work is None:
-            assert not store.work.exists()
-        else:
-            assert store.work.read_bytes() == self.work
-        if replica.session is not None and self.work is not None:
-            expected = self._digests(self.work)
-            for region, value in replica.session.digests.items():
-                assert value == expected[region], f"work image, region {region}"
-        names = {path.name for path in store.directory.iterdir()}
-        images = {store.image(point).name for point in store.points} | (
-            {"work.img"} if self.work is not None else set()
-        )
-        assert {name for name in names if name.endswith(".img")} == images
-        assert not [name for name in names if name.endswith(".tmp")]
 
     def teardown(self) -> None:
         for _, reading, _ in self.readers:
@@ -443,7 +449,7 @@ class Model(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
 
 
-@pytest.mark.parametrize("clones", [True, False], ids=["clones", "in-place"])
+@pytest.mark.parametrize("clones", [True, False], ids=["clones", "journal"])
 def test_sessions_points_and_retention(
     clones: bool, pool_root: Path, xfs_mount: Path | str, request: pytest.FixtureRequest
 ) -> None:

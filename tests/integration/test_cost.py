@@ -54,7 +54,7 @@ def test_a_huge_sparse_volume_costs_what_it_holds(directory: Path, server: Serve
     regions = make_source(source)
 
     def sync() -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-        done = blockferry("sync", source, target, "--in-place", state=state)
+        done = blockferry("sync", source, target, state=state)
         assert done.peak_bytes < MOST_RESIDENT
         assert done.report["source_map"] == done.report["destination_map"] == "exact"
         assert done.report["volume_size"] == SIZE

@@ -1,6 +1,6 @@
 """Kills at random instants by the thousand: BLOCKFERRY_SOAK_KILLS of them (default 2000) from BLOCKFERRY_SOAK_SEED.
 
-Nine of ten on a file system that can clone, the others where updates are made in place.
+Half of them on a file system that can clone, half on one where updates go through a journal.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ SEED = int(os.environ.get("BLOCKFERRY_SOAK_SEED", "0")) or random.SystemRandom()
 async def test_killed_at_random_on_clones(xfs_pool_root: Path, tmp_path: Path) -> None:
     print(f"BLOCKFERRY_SOAK_SEED={SEED}")
     with stages(tmp_path) as make:
-        done = await campaign(lambda: make(xfs_pool_root), SEED, KILLS * 9 // 10)
+        done = await campaign(lambda: make(xfs_pool_root), SEED, KILLS // 2)
     print(done)
-    assert done.total == KILLS * 9 // 10
+    assert done.total == KILLS // 2
 
 
 @pytest.mark.timeout(0)
-async def test_killed_at_random_in_place(xfs_pool_root: Path, tmp_path: Path) -> None:
+async def test_killed_at_random_with_a_journal(xfs_pool_root: Path, tmp_path: Path) -> None:
     print(f"BLOCKFERRY_SOAK_SEED={SEED}")
     base = tmp_path / "plain"
     base.mkdir()
     with plain_xfs(base) as root, stages(tmp_path) as make:
-        done = await campaign(lambda: make(root, clones=False), SEED, KILLS // 10)
+        done = await campaign(lambda: make(root, clones=False), SEED, KILLS // 2)
     print(done)
-    assert done.total == KILLS // 10
+    assert done.total == KILLS // 2

@@ -58,6 +58,11 @@ def rename(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name; not durable until the directory of `target` is flushed."""
+    os.link(source, target)
+
+
 def unlink(path: Path) -> None:
     """Remove a name that may be gone already; not durable until its directory is flushed."""
     path.unlink(missing_ok=True)

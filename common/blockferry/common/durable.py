@@ -56,10 +56,12 @@ def rename_durably(source: Path, target: Path) -> None:
 
 
 def move_durably(source: Path, target: Path) -> None:
-    """Rename into another directory of the same file system, durably."""
-    disk.rename(source, target)
+    """Move a file into another directory of the same file system. It has both names in between, so that no power
+    failure leaves it with none; the old one may come back."""
+    disk.link(source, target)
     disk.fsync_directory(target.parent)
-    disk.fsync_directory(source.parent)
+    disk.crash_point("move-before-unlink")
+    disk.unlink(source)
 
 
 def make_directories(path: Path) -> None:

@@ -488,14 +488,17 @@ class Replica:
             # Readers read through the journal. The next session, or the next start, tries again.
             log.error("cannot apply the journal", volume=self.name, error=str(error))
 
+    async def stop_completing(self) -> None:
+        """Leave what a commit has put off as it is; it begins anew with the next session or the next start."""
+        for task in [one for one in self._unfinished if one.get_name() == f"complete-{self.name}"]:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
     async def close(self) -> None:
         """End whatever is open; work done so far stays for the next session."""
         async with self.gate.closed():
             await self.end_session()
-            for task in [one for one in self._unfinished if one.get_name().startswith("complete-")]:
-                # It goes on where it was at the next start.
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+            await self.stop_completing()
             crash_point("shutdown-sessions-ended")
             await in_thread(self.store.close)
 
