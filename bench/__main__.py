@@ -14,9 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import allocation, datapath
+from bench import allocation, commits, datapath
 
-ENTRIES = {allocation.NAME: allocation.measure, datapath.NAME: datapath.measure}
+ENTRIES = {allocation.NAME: allocation.measure, datapath.NAME: datapath.measure, commits.NAME: commits.measure}
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

@@ -331,8 +331,8 @@ class Stage:
         for number, point in points.items():
             assert self.clones or number == max(points) or not point.path
             if point.path:
-                found_there = Path(point.path).read_bytes()
-                assert found_there == self.contents[number], f"generation {number} is not what was committed"
+                there = await asyncio.to_thread(Path(point.path).read_bytes)
+                assert there == self.contents[number], f"generation {number} is not what was committed"
 
     def _verify_files(self, points: dict[int, replicas.RecoveryPoint], *, work: bool) -> None:
         assert [path.name for path in self.server.pool.iterdir() if path.name.startswith(".new-")] == []

@@ -1,9 +1,10 @@
-"""Commits whose answer is lost, sessions that are resumed, and updates where nothing can be cloned: two processes and what lies between.
+"""Commits whose answer is lost, sessions that are resumed, and updates through a journal: two processes and what lies
+between.
 
 Proves that a commit id is durable at the source before the commit is asked for and reconciled afterwards, that a lost
 answer is asked for again and never makes a second generation, that only the very same immutable snapshot continues
-without being read again (by exact counts), and that an update in place happens only when it is asked for and shows
-while it runs.
+without being read again (by exact counts), and that an update where nothing can be cloned leaves the image alone until
+it is committed.
 """
 
 from __future__ import annotations
@@ -256,7 +257,7 @@ def test_a_killed_sync_of_a_snapshot_goes_on_where_it_was_durable(
     assert server.image(volume).read_bytes() == source.read_bytes()
 
 
-# --- where nothing can be cloned ----------------------------------------------------------------------------------------
+# --- where nothing can be cloned --------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -45,6 +45,7 @@ SERVER = _named(blockferry.server)
 CLIENT = _named(blockferry.client)
 
 CLONES_ONLY = {"open-cloned"}
+_JOURNAL = ("complete-", "commit-undo-", "commit-redo-", "commit-space-", "drop-undo-", "drop-merge-", "delta-")
 JOURNAL_ONLY = {
     name
     for name in SERVER

@@ -30,6 +30,7 @@ from blockferry.common.errors import BlockferryError
 from blockferry.common.volumes import ImageVolume
 from blockferry.server.store import Store
 
+from tests.fault.handover_lives import AdoptionLife, DeletionLife, HandoverLife
 from tests.fault.lives import REGION, SNAPSHOTS, Life, LogLife, Recorded, RefusedLogLife, World
 from tests.fault.powerloss import (
     Call,
@@ -161,6 +162,19 @@ def lives(scratch: Path) -> dict[bool, Life]:
     return {clones: _lived(scratch, clones=clones) for clones in (True, False)}
 
 
+@pytest.fixture(scope="module")
+def handed_over(scratch: Path) -> list[Recorded]:
+    """Lives in which replicas are promoted, demoted, adopted and deleted, of both kinds."""
+    found: list[Recorded] = []
+    for kind in (HandoverLife, AdoptionLife, DeletionLife):
+        for clones in (True, False):
+            with tempfile.TemporaryDirectory(dir=scratch) as root:
+                life = kind(Path(root), clones=clones)
+                asyncio.run(life.live())
+            found.append(life)
+    return found
+
+
 both = pytest.mark.parametrize("clones", [True, False], ids=["clones", "journal"])
 
 
@@ -174,6 +188,13 @@ def test_every_promise_survives_a_power_failure(scratch: Path, lives: dict[bool,
     print(f"{verdict.states} states after {len(life.log)} operations, seed {SEED}")
     assert verdict.broken == []
     assert verdict.states > len(life.log)
+
+
+def test_every_promise_of_a_handover_survives_a_power_failure(scratch: Path, handed_over: list[Recorded]) -> None:
+    for life in handed_over:
+        verdict = asyncio.run(go_through(life, scratch))
+        assert verdict.broken == []
+        assert verdict.states > len(life.log) // 2
 
 
 @both
@@ -232,7 +253,7 @@ COVERED = {
 
 
 @pytest.fixture(scope="module")
-def proofs(scratch: Path, lives: dict[bool, Life]) -> list[Recorded]:
+def proofs(scratch: Path, lives: dict[bool, Life], handed_over: list[Recorded]) -> list[Recorded]:
     """Lives that show between them what each flush is for."""
     commits = [call for call in _flushes(lives[True]) if "commit" in call.purpose and "append" in call.purpose]
     taken_over = [_lived(scratch, clones=True, doomed=_before(call, 0)) for call in commits]
@@ -240,7 +261,7 @@ def proofs(scratch: Path, lives: dict[bool, Life]) -> list[Recorded]:
     for log in logs:
         with tempfile.TemporaryDirectory(dir=scratch) as root:
             log.live(Path(root))
-    return [lives[True], lives[False], *taken_over, *logs]
+    return [lives[True], lives[False], *taken_over, *logs, *handed_over]
 
 
 @pytest.mark.parametrize("site", sorted(set(_sites()) - {_site_of_the_map()}))

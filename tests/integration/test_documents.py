@@ -16,7 +16,7 @@ from blockferry.common import rpc
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import DEFAULT
 from blockferry.common.rpc import to_status
-from blockferry.server import changes, pool, store
+from blockferry.server import changes, clones, content, journal, pool, store
 from blockferry.server import main as server_main
 from blockferry.server.main import _arguments as server_arguments
 from blockferry.v1 import replicas_pb2, replication_pb2
@@ -121,9 +121,10 @@ def test_failback_is_the_line_of_the_readme(tmp_path: Path) -> None:
 
 def test_every_file_of_a_replica_is_described() -> None:
     """The names that store.py, pool.py and commits.py give to files."""
-    names = {store._IDENTITY, store._LOG, store._SESSION, store._WORK, store._PROGRESS, store._CLEAN, pool._LOCK}
-    assert len(names) == 7
-    names |= {f"COMMIT-ID{store._IMAGE}", f"COMMIT-ID{store._DIGESTS}", store.NEW_PREFIX, "commits/REPLICA-UUID.json"}
+    names = {store._IDENTITY, store._LOG, store._SESSION, store._PROGRESS, store._CLEAN, pool._LOCK}
+    names |= {"work.img", "work.redo", journal._IMAGE, pool.SEEDS, content.PROMOTED}
+    assert len(names) == 11
+    names |= {f"COMMIT-ID{clones.IMAGE}", f"COMMIT-ID{journal.REDO}", f"COMMIT-ID{journal.UNDO}", f"COMMIT-ID{store._DIGESTS}", store.NEW_PREFIX, "commits/REPLICA-UUID.json"}
     layout = DESIGN[DESIGN.index("## On disk") : DESIGN.index("## The house")]
     assert {name for name in names if name not in layout} == set()
     versions = f"now {store.FORMAT}. A newer server"
