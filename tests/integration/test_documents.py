@@ -83,7 +83,7 @@ def test_flags_of_the_documents_exist() -> None:
     named = {flag for path in DOCUMENTS for flag in re.findall(r"`(--[a-z][a-z-]*)", path.read_text())}
     helped = [run_help("blockferry-server"), run_help("blockferry", "sync"), run_help("blockferry", "plan")]
     known = {flag for text in helped for flag in re.findall(r"--[a-z][a-z-]*", text)}
-    assert {"--keep", "--keep-at-least", "--in-place", "--live"} <= named <= known
+    assert {"--keep", "--keep-at-least", "--live"} <= named <= known
 
 
 def run_help(program: str, *arguments: str) -> str:
@@ -95,12 +95,12 @@ def run_help(program: str, *arguments: str) -> str:
 
 def test_every_flag_of_sync_is_in_the_readme() -> None:
     flags = set(re.findall(r"--[a-z][a-z-]*", run_help("blockferry", "sync"))) - {"--help"}
-    assert len(flags) == 10
+    assert len(flags) == 9
     assert {flag for flag in flags if flag not in README} == set()
 
 
 def test_failback_is_the_line_of_the_readme(tmp_path: Path) -> None:
-    section = README[README.index("### Failback") : README.index("### Without reflinks")]
+    section = README[README.index("### Failback") : README.index("### Any file system")]
     (line,) = re.findall(r"^blockferry (sync .*?) +#", section, re.MULTILINE)
     content = b"away and back".ljust(3 << 20, b"\0")
     (tmp_path / "vm.raw").write_bytes(content)
@@ -138,7 +138,7 @@ def test_every_call_and_field_of_a_request_is_described() -> None:
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }
-    assert len(calls) == 16
+    assert len(calls) == 17
     assert {call for call in calls if call not in PROTOCOL} == set()
     for message in ("OpenSessionRequest", "ApplyChangesRequest", "ApplyChangesResponse", "SessionCommit"):
         fields = replication_pb2.DESCRIPTOR.message_types_by_name[message].fields_by_name
