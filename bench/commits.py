@@ -108,9 +108,7 @@ def _measure(base: Path, mount: Path, kind: str) -> dict[str, Measured]:
                 assert shown["kind"] == kind, shown
                 assert workload.same_content(source, Path(shown["path"])), f"{kind}, {name}: the replica differs"
                 points = blockferry("replica", "points", target, state=state).report["points"]
-                found[name] = Measured(
-                    done.seconds, done.report["seconds"]["commit"], whole, points[1]["bytes_held"]
-                )
+                found[name] = Measured(done.seconds, done.report["seconds"]["commit"], whole, points[1]["bytes_held"])
     finally:
         shutil.rmtree(pool)
         shutil.rmtree(state, ignore_errors=True)

@@ -298,7 +298,7 @@ def test_an_update_leaves_the_image_alone_until_it_is_committed(plain: Server, v
     after = image.stat()
     assert (after.st_ctime_ns, after.st_blocks) == (before.st_ctime_ns, before.st_blocks)
     shown = plain.show(volume)
-    assert (shown["state"], shown["generation"], shown["kind"]) == ("CONSISTENT", 1, "journal")
+    assert (shown["state"], shown["generation"], shown["kind"]) == ("UPDATING", 1, "journal")
     report = plain.sync(source, volume)
     assert report["generation"] == 2
     # What had arrived was found in the journal and is not sent again.

@@ -124,7 +124,14 @@ def test_every_file_of_a_replica_is_described() -> None:
     names = {store._IDENTITY, store._LOG, store._SESSION, store._PROGRESS, store._CLEAN, pool._LOCK}
     names |= {"work.img", "work.redo", journal._IMAGE, pool.SEEDS, content.PROMOTED}
     assert len(names) == 11
-    names |= {f"COMMIT-ID{clones.IMAGE}", f"COMMIT-ID{journal.REDO}", f"COMMIT-ID{journal.UNDO}", f"COMMIT-ID{store._DIGESTS}", store.NEW_PREFIX, "commits/REPLICA-UUID.json"}
+    names |= {
+        f"COMMIT-ID{clones.IMAGE}",
+        f"COMMIT-ID{journal.REDO}",
+        f"COMMIT-ID{journal.UNDO}",
+        f"COMMIT-ID{store._DIGESTS}",
+        store.NEW_PREFIX,
+        "commits/REPLICA-UUID.json",
+    }
     layout = DESIGN[DESIGN.index("## On disk") : DESIGN.index("## The house")]
     assert {name for name in names if name not in layout} == set()
     versions = f"now {store.FORMAT}. A newer server"

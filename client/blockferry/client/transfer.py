@@ -15,7 +15,7 @@ from blockferry.client.compare import Refiner
 from blockferry.client.plan import Plan
 from blockferry.client.replica import ChangeStream, ReplicaSession
 from blockferry.client.report import Phase, Tally
-from blockferry.common.digests import REGION_DIGEST_SIZE, differing_pieces, digest, digests, nonzero_extents
+from blockferry.common.digests import REGION_DIGEST_SIZE, differing_pieces, digest, fill_and_digest, nonzero_extents
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import BufferPool
 from blockferry.common.framing import Outgoing, encode_unmap, encode_write
@@ -176,8 +176,11 @@ class Transfer:
             self._stream.settle(offset // self._geometry.region_size, 1)
 
     async def _read_and_digest(self, offset: int, data: memoryview) -> bytes:
-        await self._read(offset, data)
-        return await in_thread(digests, data, self._geometry.region_size, self._session.key, REGION_DIGEST_SIZE)
+        held = await self._source.read_data_into(offset, data)
+        self._tally.source_read += sum(length for _, length in held)
+        return await in_thread(
+            fill_and_digest, data, held, self._geometry.region_size, self._session.key, REGION_DIGEST_SIZE
+        )
 
     async def _send_again(self, offsets: Sequence[int]) -> None:
         """Send regions whole whose digest did not match after their change. A second mismatch is a broken disk."""

@@ -16,10 +16,9 @@ from blockferry.common.digests import (
     REGION_DIGEST_SIZE,
     Data,
     digest,
-    digest_of_pieces,
+    digest_of_parts,
     is_zero,
     nonzero_extents,
-    zeros,
 )
 from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code
@@ -133,15 +132,17 @@ class Write:
         """Whether the region's content after the change follows from the request alone."""
         return self.whole or (self.was_zero and not self.request.digest)
 
-    def content(self) -> Iterator[Data]:
-        """The region's content after the change, in pieces, where it is known: the data and zeros between."""
+    def content(self) -> Iterator[tuple[int, Data | None]]:
+        """(bytes, data) of the region after the change, where it is known; without data they are zeros."""
         position = end = 0
         for extent in self.request.writes:
-            yield from zeros(extent.offset - end)
-            yield self.data[position : position + extent.length]
+            if extent.offset > end:
+                yield extent.offset - end, None
+            yield extent.length, self.data[position : position + extent.length]
             position += extent.length
             end = extent.offset + extent.length
-        yield from zeros(self.request.length - end)
+        if self.request.length > end:
+            yield self.request.length - end, None
 
 
 async def write_regions(volume: Volume, key: bytes, changes: Sequence[Write]) -> None:
@@ -175,7 +176,7 @@ async def write_regions(volume: Volume, key: bytes, changes: Sequence[Write]) ->
 
 
 def _digests(changes: Sequence[Write], key: bytes) -> list[bytes]:
-    return [digest_of_pieces(change.content(), key) for change in changes]
+    return [digest_of_parts(change.content(), change.request.length, key) for change in changes]
 
 
 async def _read(volume: Volume, change: Write) -> memoryview:

@@ -19,7 +19,8 @@ from blockferry.common.durable import write_unsynced
 from blockferry.server.sealed import seal, unseal
 from pyroaring import BitMap
 
-FORMAT = 1
+FORMAT = 2
+"""2: digests of regions are digests of the digests of their pieces. A file of another format is ignored."""
 _MAGIC = b"BFDIGEST"
 _PAGE_REGIONS = 1024
 """Regions per page: memory follows what is known (16 KiB per GiB at the default region size), not the volume's size."""

@@ -281,32 +281,28 @@ class Replica:
             region_size = session.geometry.region_size
             key = key or self.store.identity.key
             if piece_size != region_size or key != self.store.identity.key:
-                return await session.volume.digests(piece_size, [run], key, region_size), _length(
-                    session, piece_size, run
-                )
+                return await session.volume.read_digests(piece_size, [run], key, region_size)
             first, count = run
             wanted = BitMap(range(first, first + count))
             missing = wanted if fresh else wanted - session.digests.known
-            if missing:
-                await self._learn(session, missing)
+            read = await self._learn(session, missing) if missing else 0
             found = [session.digests.get(region) for region in wanted]
             if None in found:
                 # Changed while it was read: what is there now is what the client gets, and nothing is remembered.
-                return await session.volume.digests(piece_size, [run], key, region_size), _length(
-                    session, piece_size, run
-                )
-            return b"".join(one for one in found if one is not None), session.geometry.bytes_in(missing)
+                return await session.volume.read_digests(piece_size, [run], key, region_size)
+            return b"".join(one for one in found if one is not None), read
 
-    async def _learn(self, session: Session, regions: BitMap) -> None:
-        """Read regions and remember their digests, except of those that change meanwhile."""
+    async def _learn(self, session: Session, regions: BitMap) -> int:
+        """Read regions and remember their digests, except of those that change meanwhile; the bytes read."""
         key, region_size = self.store.identity.key, session.geometry.region_size
         runs = list(runs_of(regions, session.geometry.count))
         with session.watching() as changed:
-            found = await session.volume.digests(region_size, runs, key, region_size)
+            found, read = await session.volume.read_digests(region_size, runs, key, region_size)
         size = len(found) // len(regions)
         for index, region in enumerate(regions):
             if region not in changed:
                 session.digests.put(region, found[index * size : (index + 1) * size])
+        return read
 
     async def write_regions(
         self, requests: Sequence[tuple[pb.WriteRegionRequest, memoryview]], ref: pb.SessionRef
@@ -533,10 +529,6 @@ class Replica:
         """The complete image of the newest committed generation; None for a moment while a journal is applied."""
         newest = self.store.generations.newest
         return self.store.content.path(newest) if newest is not None else None
-
-
-def _length(session: Session, piece_size: int, run: Run) -> int:
-    return min(run[1] * piece_size, session.geometry.size - run[0] * piece_size)
 
 
 def as_ours(error: OSError | BlockferryError, what: str) -> BlockferryError:

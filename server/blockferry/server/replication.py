@@ -109,8 +109,7 @@ class ReplicationService:
         async with replica.points.reading(request.point.number) as volume:
             region_size = replica.store.identity.region_size
             for run in _checked_pieces(request, region_size, volume.size):
-                found = await volume.digests(request.piece_size, [run], request.key, region_size)
-                read = min(run[1] * request.piece_size, volume.size - run[0] * request.piece_size)
+                found, read = await volume.read_digests(request.piece_size, [run], request.key, region_size)
                 yield pb.GetRegionDigestsResponse(digests=found, bytes_read=read)
 
     async def WriteRegion(self, request: pb.WriteRegionRequest, _: Context) -> pb.WriteRegionResponse:

@@ -263,17 +263,18 @@ class Store:
         """The work as a volume of `size` bytes; the regions of it that are durable from an interrupted session of the
         same immutable snapshot; and the digests that are known of it without reading it."""
         newest = self.generations.newest
-        progress = await in_thread(self._read_progress, snapshot_id, size)
-        digests = None
-        if newest is not None and not self.content.has_work():
+        digests, progress = None, None
+        if self.content.has_work():
+            progress = await in_thread(self._read_progress, snapshot_id, size)
+        elif newest is not None:
             digests = await in_thread(self.trusted_digests, newest)
+        if progress is None:
+            # Durably, and before there is any other work: what it says is no longer so.
+            await in_thread(remove_durably, self.directory / _PROGRESS)
+            disk.crash_point("open-progress-removed")
         work, continued = await self.content.begin(size)
         if not continued:
             progress = None
-        if progress is None:
-            # Durably, and before the first write: what it says is no longer so.
-            await in_thread(remove_durably, self.directory / _PROGRESS)
-            disk.crash_point("open-progress-removed")
         if digests is not None and newest is not None and newest.size != size:
             digests.forget(newest.size // self.identity.region_size)
         return work, progress or BitMap(), digests or DigestCache()

@@ -77,23 +77,23 @@ class ReplicaVolume(Volume):
         if done != len(buffer):
             raise _broken(self.uri, offset + done)
 
-    async def digests(self, piece_size: int, pieces: Sequence[Run], key: bytes, region_size: int) -> bytes:
+    async def read_digests(
+        self, piece_size: int, pieces: Sequence[Run], key: bytes, region_size: int
+    ) -> tuple[bytes, int]:
         if piece_size == region_size != self.region_size:
             # The server tells regions from smaller pieces by its own region size; read instead of guessing.
-            return await super().digests(piece_size, pieces, key, region_size)
+            return await super().read_digests(piece_size, pieces, key, region_size)
         request = pb.GetRegionDigestsRequest(
             point=self._point, piece_size=piece_size, pieces=runs_to_wire(pieces), key=key
         )
-        found = [
-            part.digests
-            async for part in self._connection.stream(
-                "Replication/GetRegionDigests", request, pb.GetRegionDigestsResponse
-            )
-        ]
+        found, read = [], 0
+        async for part in self._connection.stream("Replication/GetRegionDigests", request, pb.GetRegionDigestsResponse):
+            found.append(part.digests)
+            read += part.bytes_read
         joined = b"".join(found)
         if len(joined) != sum(count for _, count in pieces) * digest_size(piece_size, region_size):
             raise _broken(self.uri, pieces[0][0] * piece_size)
-        return joined
+        return joined, read
 
     async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
         raise self._read_only()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from blockferry.common.digests import Data, digest_size, digests
+from blockferry.common.digests import Data, digest_size, fill_and_digest
 from blockferry.common.linux import Zeroing
 from blockferry.common.regions import AllocationMap, Geometry, Run, split_runs
 
@@ -22,6 +22,9 @@ and two more so that a slow disk does not hold up a fast one."""
 
 READ_SIZE = 8 * 1024 * 1024
 """Bytes read for digests in one go: large enough that a thread hand-off (about 50 us) does not count."""
+
+MANY_EXTENTS = 64
+"""From here on reading all of a buffer is taken to be cheaper than reading its data piece by piece."""
 
 _executor = ThreadPoolExecutor(IO_THREADS, thread_name_prefix="blockferry-io")
 
@@ -82,8 +85,12 @@ class Volume(abc.ABC):
 
         Volumes that cannot tell fill everything. The offset must be a multiple of the block size.
         """
-        await self.read_into(offset, buffer)
-        return [(0, len(buffer))]
+        extents = await self.data_extents(offset, len(buffer))
+        if len(extents) > MANY_EXTENTS:
+            extents = [(offset, len(buffer))]
+        held = [(start - offset, length) for start, length in extents]
+        await self.read_many([(offset + start, buffer[start : start + length]) for start, length in held])
+        return held
 
     @abc.abstractmethod
     async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
@@ -138,14 +145,21 @@ class Volume(abc.ABC):
         return []
 
     async def digests(self, piece_size: int, pieces: Sequence[Run], key: bytes, region_size: int) -> bytes:
-        """Keyed digests of the numbered pieces, one after the other, read from the volume itself."""
+        """Keyed digests of the numbered pieces, one after the other, of what the volume itself holds."""
+        return (await self.read_digests(piece_size, pieces, key, region_size))[0]
+
+    async def read_digests(
+        self, piece_size: int, pieces: Sequence[Run], key: bytes, region_size: int
+    ) -> tuple[bytes, int]:
+        """As `digests`, and the bytes that were read for them: what is proven zero is neither read nor hashed."""
         geometry = Geometry(self.size, region_size)
         size = digest_size(piece_size, region_size)
         buffer = memoryview(bytearray(min(max(READ_SIZE, piece_size), sum(count for _, count in pieces) * piece_size)))
-        found = []
+        found, read = [], 0
         for first, count in split_runs(pieces, max(READ_SIZE // piece_size, 1)):
             offset = first * piece_size
             part = buffer[: min(count * piece_size, geometry.size - offset)]
-            await self.read_into(offset, part)
-            found.append(await in_thread(digests, part, piece_size, key, size))
-        return b"".join(found)
+            held = await self.read_data_into(offset, part)
+            read += sum(length for _, length in held)
+            found.append(await in_thread(fill_and_digest, part, held, piece_size, key, size))
+        return b"".join(found), read
