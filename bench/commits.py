@@ -1,10 +1,10 @@
 """What a commit costs where generations are clones, and where they go through a journal.
 
 The same image with the same changes is synced to a pool on XFS with reflinks and to one on ext4, both on loop devices
-over memory-backed files, in turn. `sync` is the whole process of the source; `commit` the part of it from the request to
-the answer; `whole` the time from then until the newest generation is one complete image, which nobody waits for. Every
-run ends with a comparison of that image with the source, and the commit's own flushes are in the time. The page cache is
-warm.
+over memory-backed files, in turn. `sync` is the whole process of the source; `commit` the part of it from the request
+to the answer; `whole` the time from then until the newest generation is one complete image, which nobody waits for.
+Every run ends with a comparison of that image with the source, and the commit's own flushes are in the time. The page
+cache is warm.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def measure() -> dict[str, Any]:
                 runs[kind].append(_measure(base, mount, kind))
 
     def median(kind: str, name: str, field: str) -> float:
-        return statistics.median(getattr(run[name], field) for run in runs[kind])
+        return float(statistics.median(getattr(run[name], field) for run in runs[kind]))
 
     rows: list[dict[str, Any]] = [
         {

@@ -60,9 +60,9 @@ async def test_a_month_ends_in_the_same_points(
     for number in range(1, count + 1):
         changed = rng.sample(range(REGIONS), rng.randint(0, 3))
         for region in changed:
-            content[region] = bytes(REGION) if rng.random() < 0.2 else noise(rng.random(), REGION)
+            content[region] = bytes(REGION) if rng.random() < 0.2 else noise(rng.randrange(1 << 30), REGION)
         history[number] = b"".join(content[region] for region in range(REGIONS))
-        for clones, local in kinds.items():
+        for local in kinds.values():
             await _update(local, number, content, changed)
         wall.now += EVERY
 

@@ -7,16 +7,18 @@ from blake3 import blake3
 from blockferry.common.digests import (
     KEY_SIZE,
     PIECE_SIZE,
-    ZeroDigests,
     differing_pieces,
     digest,
+    digest_of_parts,
     digest_size,
     digests,
+    fill_and_digest,
     is_zero,
     nonzero_extents,
+    zero_digest,
 )
 from blockferry.common.regions import BLOCK_SIZE
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 KEY = bytes(range(KEY_SIZE))
@@ -68,17 +70,65 @@ def test_nonzero_extents_are_the_maximal_runs_of_blocks_with_data(data: bytearra
     assert list(nonzero_extents(memoryview(data))) == expected
 
 
-@pytest.mark.parametrize("size", ODD_SIZES)
+def reference(data: bytes, key: bytes) -> bytes:
+    """The digest of a region, as docs/protocol.md defines it."""
+    pieces = [data[start : start + 65536] for start in range(0, len(data), 65536)]
+    if len(pieces) <= 1:
+        return blake3(data, key=key).digest(16)
+    return blake3(b"".join(blake3(piece, key=key).digest(16) for piece in pieces), key=key).digest(16)
+
+
+def test_a_digest_that_must_never_change() -> None:
+    key = bytes(range(32))
+    region = bytes(range(256)) * 1024
+    assert digest(region, key).hex() == reference(region, key).hex() == "0b8cc43ea9410f10fe68548622ea4146"
+    assert (
+        digest(region[:65536], key).hex()
+        == blake3(region[:65536], key=key).hexdigest()[:32]
+        == "1b21977732c6b875d673983e65b43781"
+    )
+
+
+@st.composite
+def regions_in_parts(draw: st.DrawFn) -> tuple[bytes, list[tuple[int, bytes | None]]]:
+    """A region of up to four pieces, and the parts it is made of; None: zeros."""
+    parts: list[tuple[int, bytes | None]] = []
+    for index in range(draw(st.integers(1, 5))):
+        size = draw(st.integers(1, 2 * PIECE_SIZE) | st.sampled_from([BLOCK_SIZE, PIECE_SIZE, 2 * PIECE_SIZE]))
+        data = bytes([index + 1]) * size
+        parts.append((size, data if draw(st.booleans()) else None))
+    return b"".join(data or bytes(size) for size, data in parts), parts
+
+
+@settings(max_examples=200)
+@given(regions_in_parts())
+def test_a_region_in_parts_has_the_digest_of_the_whole(found: tuple[bytes, list[tuple[int, bytes | None]]]) -> None:
+    data, parts = found
+    assert digest_of_parts(parts, len(data), KEY) == digest(data, KEY) == reference(data, KEY)
+
+
+@settings(max_examples=200)
+@given(regions_in_parts(), st.sampled_from([PIECE_SIZE, 4 * PIECE_SIZE, BLOCK_SIZE]))
+def test_what_was_not_read_is_zeros_whatever_the_buffer_held(
+    found: tuple[bytes, list[tuple[int, bytes | None]]], piece_size: int
+) -> None:
+    data, parts = found
+    buffer, held, position = bytearray(b"\xee" * len(data)), [], 0
+    for size, part in parts:
+        if part is not None:
+            buffer[position : position + size] = part
+            held.append((position, size))
+        position += size
+    pieces = [data[start : start + piece_size] for start in range(0, len(data), piece_size)]
+    expected = b"".join(reference(piece, KEY) for piece in pieces)
+    assert fill_and_digest(memoryview(buffer), held, piece_size, KEY, 16) == expected
+    assert buffer == data
+
+
+@pytest.mark.parametrize("size", [1, BLOCK_SIZE, PIECE_SIZE - 1, PIECE_SIZE])
 @pytest.mark.parametrize("key", [KEY, bytes(KEY_SIZE)], ids=["key", "zero key"])
 def test_the_zero_digest_is_the_digest_of_zeros(size: int, key: bytes) -> None:
-    zeros = ZeroDigests(key)
-    assert zeros.of(size) == digest(bytes(size), key) == blake3(bytes(size), key=key).digest(16)
-    assert zeros.of(size) is zeros.of(size)
-
-
-def test_zero_digests_differ_by_length_and_key() -> None:
-    found = {ZeroDigests(key).of(size) for key in (KEY, bytes(KEY_SIZE)) for size in ODD_SIZES}
-    assert len(found) == 2 * len(ODD_SIZES)
+    assert zero_digest(key, size) == digest(bytes(size), key) == blake3(bytes(size), key=key).digest(16)
 
 
 @given(
