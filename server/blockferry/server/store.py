@@ -272,7 +272,11 @@ class Store:
             progress = None
         if progress is None:
             # Durably, and before the first write: what it says is no longer so.
-            await in_thread(remove_durably, self.directory / _PROGRESS)
+            try:
+                await in_thread(remove_durably, self.directory / _PROGRESS)
+            except BaseException:
+                await self.content.end(work)
+                raise
             disk.crash_point("open-progress-removed")
         if digests is not None and newest is not None and newest.size != size:
             digests.forget(newest.size // self.identity.region_size)

@@ -1,0 +1,578 @@
+"""Generations as one image and deltas: chains of before-images, what is left by a crash between any two steps, damage
+that hides what it must and nothing else, and readers that never notice."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import pytest_asyncio
+from blake3 import blake3
+from blockferry.common import disk
+from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.retention import Retention
+from blockferry.common.volumes import Volume
+from blockferry.server import copying, handover, journal
+from blockferry.server.cache import DigestCache
+from blockferry.server.delta import Delta, index_of
+from blockferry.server.generations import Point
+from blockferry.server.journal import JournalContent
+from blockferry.server.replica import Replica
+from blockferry.server.session import State
+from blockferry.server.store import Store
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.conftest import Place
+from tests.unit.layers import B, quick_directory
+from tests.unit.stores import IDS, REGION, content_of, names, read, reopened, snapshot, working
+
+SIZE = 40 * B + 77
+
+
+@pytest_asyncio.fixture
+async def store(place: Place) -> AsyncIterator[Store]:
+    """A new replica with a journal."""
+    made = Store.create(place("tmpfs") / "db", REGION, clones=False)
+    yield made
+    made.abandon()
+
+
+@pytest_asyncio.fixture(params=["ext4", "xfs"])
+async def reserving(request: pytest.FixtureRequest, place: Place) -> AsyncIterator[Store]:
+    """A new replica with a journal, on a file system that tells what is reserved from what is written."""
+    made = Store.create(place(str(request.param)) / "db", REGION, clones=False)
+    yield made
+    made.abandon()
+
+
+def journal_of(store: Store) -> JournalContent:
+    assert isinstance(store.content, JournalContent)
+    return store.content
+
+
+def marked(number: int, size: int) -> list[tuple[int, bytes]]:
+    """What generation `number` writes: blocks of its own, one that every generation writes, one that the one before
+    wrote, and the end."""
+    every = [0, 2 * number, 2 * number + 1, 2 * number - 2]
+    return [(block * B, bytes([number]) * B) for block in dict.fromkeys(every)] + [(size - 7, bytes([number]) * 7)]
+
+
+def zeroed(number: int) -> list[tuple[int, int]]:
+    return [((25 + number) * B, 2 * B), (B // 2, 10)]
+
+
+def grow(number: int) -> int:
+    """The size of generation `number`."""
+    return SIZE + (number // 3) * (B + 9)
+
+
+def expected(numbers: int) -> bytes:
+    """What generation `numbers` holds."""
+    found = bytearray()
+    for number in range(1, numbers + 1):
+        size = grow(number)
+        found += bytes(size - len(found))
+        if number == 1:
+            found[:] = bytes(range(1, 256)) * (size // 255) + bytes(range(size % 255))
+        for offset, data in marked(number, size):
+            found[offset : offset + len(data)] = data
+        for offset, length in zeroed(number):
+            found[offset : offset + length] = bytes(length)
+    return bytes(found)
+
+
+async def change(work: Volume, number: int) -> None:
+    """Make the work of generation `number`."""
+    size = grow(number)
+    if number == 1:
+        await work.write([(0, bytes(range(1, 256)) * (size // 255) + bytes(range(size % 255)))])
+    await work.write(marked(number, size))
+    await work.unmap(zeroed(number))
+    await work.flush()
+
+
+async def record(store: Store, number: int) -> Point:
+    """Commit generation `number`, and nothing more."""
+    async with working(store, grow(number)) as work:
+        await change(work, number)
+        return await store.commit(work, IDS[number], grow(number), DigestCache())
+
+
+async def commit(store: Store, number: int) -> Point:
+    point = await record(store, number)
+    await store.complete()
+    return point
+
+
+async def check(store: Store, *broken: int) -> None:
+    """Every generation reads as it was committed; `broken` ones are refused, and say so everywhere."""
+    for point in store.generations.points:
+        if point.number not in broken:
+            assert store.content.problem(point) == ""
+            assert await read(store, point) == expected(point.number), point.number
+            continue
+        assert store.content.problem(point) != ""
+        with pytest.raises(BlockferryError) as caught:
+            await store.content.open_point(point)
+        assert caught.value.code is Code.CORRUPT_STATE
+
+
+def path_of(store: Store, number: int, suffix: str) -> Path:
+    return store.directory / (IDS[number].hex() + suffix)
+
+
+async def drop(store: Store, number: int) -> None:
+    point = store.generations.point(number)
+    assert point is not None
+    await store.drop(point)
+
+
+# --- chains -----------------------------------------------------------------------------------------------------
+
+
+async def test_many_generations_are_read_through_their_before_images(store: Store) -> None:
+    for number in range(1, 10):
+        await record(store, number)
+        await check(store)
+        await store.complete()
+        await check(store)
+    newest = store.generations.newest
+    assert newest is not None
+    assert [store.content.path(point) for point in store.generations.points] == [None] * 8 + [journal_of(store).image]
+    assert journal_of(store).image.read_bytes() == expected(9)
+    again = reopened(store)
+    await check(again)
+    again.abandon()
+
+
+async def test_a_generation_costs_what_its_successor_changed(store: Store) -> None:
+    for number in (1, 2):
+        await commit(store, number)
+    first, second = store.generations.points
+    undo = journal_of(store)._undo[IDS[1]]
+    # Block 27 is zero in both.
+    changed = {offset // B for offset, _ in marked(2, SIZE)} | {28}
+    assert (set(undo.data), set(undo.zero)) == (changed, set())
+    assert store.content.bytes_held(first) <= (len(changed) + 1) * B
+    assert store.content.bytes_held(second) >= SIZE - 10 * B
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations([1, 2, 3])], ids=str)
+async def test_dropping_in_any_order_leaves_the_others_whole(store: Store, order: tuple[int, ...]) -> None:
+    for number in range(1, 5):
+        await commit(store, number)
+    for number in order:
+        await drop(store, number)
+        await check(store)
+        store = reopened(store)
+        await check(store)
+    assert [point.number for point in store.generations.points] == [4]
+    assert names(store) == [path_of(store, 4, ".digests").name, "commits.log", "image.raw", "replica.json"]
+    store.abandon()
+
+
+async def test_dropping_before_the_redo_is_applied(store: Store) -> None:
+    for number in range(1, 4):
+        await commit(store, number)
+    await record(store, 4)
+    for number in (2, 3):
+        await drop(store, number)
+        await check(store)
+    again = reopened(store)
+    await check(again)
+    await again.complete()
+    await check(again)
+    again.abandon()
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.sampled_from(["commit", "record", "complete", "drop", "reopen", "reload", "discard"]), max_size=12),
+    st.data(),
+)
+async def test_whatever_happened_every_generation_is_what_was_committed(
+    history: list[str], data: st.DataObject
+) -> None:
+    with quick_directory() as directory:
+        store = Store.create(directory / "db", REGION, clones=False)
+        try:
+            for action in history:
+                number = store.generations.last_number + 1
+                points = store.generations.points
+                if action in ("commit", "record", "discard"):
+                    await store.complete()
+                if action in ("commit", "record") and number < len(IDS):
+                    await record(store, number)
+                if action in ("commit", "complete"):
+                    await store.complete()
+                if action == "drop" and len(points) > 1:
+                    await store.drop(data.draw(st.sampled_from(points[:-1])))
+                if action == "discard" and number < len(IDS):
+                    async with working(store, grow(number)) as work:
+                        await change(work, number)
+                    await store.discard_work()
+                if action == "reopen":
+                    store = reopened(store)
+                if action == "reload":
+                    await store.reload()
+                await check(store)
+        finally:
+            store.abandon()
+
+
+# --- damage -----------------------------------------------------------------------------------------------------
+
+
+def cut_off(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = [
+    pytest.param(".undo.index", flip, id="index changed"),
+    pytest.param(".undo.index", cut_off, id="index cut off"),
+    pytest.param(".undo.index", Path.unlink, id="index gone"),
+    pytest.param(".undo", cut_off, id="data cut off"),
+    pytest.param(".undo", Path.unlink, id="data gone"),
+]
+
+
+@pytest.mark.parametrize(("suffix", "damage"), DAMAGE)
+@pytest.mark.parametrize("victim", [1, 3, 5])
+async def test_damaged_before_images_hide_what_needs_them_and_nothing_newer(
+    store: Store, suffix: str, damage: Callable[[Path], None], victim: int
+) -> None:
+    for number in range(1, 7):
+        await commit(store, number)
+    store.abandon()
+    damage(path_of(store, victim, suffix))
+    again = reopened(store)
+    hidden = range(1, victim + 1)
+    await check(again, *hidden)
+    for point in again.generations.points[:victim]:
+        assert f"generation {victim} are damaged" in again.content.problem(point)
+    # And generations go on.
+    await commit(again, 7)
+    await check(again, *hidden)
+    again.abandon()
+
+
+@pytest.mark.parametrize(("suffix", "damage"), [(".redo.index", flip), (".redo", cut_off)], ids=["index", "data"])
+async def test_a_damaged_redo_of_the_newest_generation_is_refused(
+    store: Store, suffix: str, damage: Callable[[Path], None]
+) -> None:
+    await commit(store, 1)
+    await record(store, 2)
+    store.abandon()
+    damage(path_of(store, 2, suffix))
+    before = snapshot(store.directory)
+    with pytest.raises(BlockferryError) as caught:
+        Store(store.directory, clones=False)
+    assert caught.value.code is Code.CORRUPT_STATE
+    assert snapshot(store.directory) == before
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [("", cut_off), ("", Path.unlink), (".index", flip), (".index", cut_off), (".index", Path.unlink)],
+)
+async def test_damaged_work_costs_time_and_nothing_else(
+    store: Store, suffix: str, damage: Callable[[Path], None]
+) -> None:
+    await commit(store, 1)
+    async with working(store, SIZE) as work:
+        await change(work, 2)
+    store.abandon()
+    damage(store.directory / f"work.redo{suffix}")
+    again = reopened(store)
+    await check(again)
+    async with working(again, SIZE) as work:
+        assert await content_of(work) == expected(1)
+    await commit(again, 2)
+    await check(again)
+    again.abandon()
+
+
+async def test_a_missing_image(store: Store) -> None:
+    for number in (1, 2):
+        await commit(store, number)
+    store.abandon()
+    journal_of(store).image.unlink()
+    again = reopened(store)
+    for point in again.generations.points:
+        assert again.content.problem(point) == "its image is missing"
+    again.abandon()
+
+
+# --- what a crash leaves ----------------------------------------------------------------------------------------
+
+
+class Crash(Exception):
+    """The process is gone."""
+
+
+COMMIT_POINTS = [
+    "commit-undo-flushed",
+    "commit-undo-captured",
+    "commit-space-reserved",
+    "commit-redo-renamed",
+    "commit-renamed",
+]
+COMPLETE_POINTS = ["complete-begun", "complete-written", "complete-applied", "complete-flushed", "delta-index-removed"]
+
+
+def die_at(patch: pytest.MonkeyPatch, name: str) -> None:
+    def crash_point(reached: str) -> None:
+        if reached == name:
+            raise Crash(name)
+
+    patch.setattr(disk, "crash_point", crash_point)
+    patch.setattr(copying, "crash_point", crash_point)
+
+
+@pytest.mark.parametrize("at", COMMIT_POINTS)
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+async def test_dying_before_the_record_leaves_the_generation_and_the_work(
+    store: Store, monkeypatch: pytest.MonkeyPatch, at: str, again: bool
+) -> None:
+    for number in (1, 2):
+        await commit(store, number)
+    for _ in range(2 if again else 1):
+        with monkeypatch.context() as patch:
+            die_at(patch, at)
+            with pytest.raises(Crash):
+                await record(store, 3)
+        store = reopened(store)
+        assert [point.number for point in store.generations.points] == [1, 2]
+        assert {name for name in names(store) if "." in name and not name.endswith((".digests", ".json"))} == {
+            "commits.log",
+            "image.raw",
+            f"{IDS[1].hex()}.undo",
+            f"{IDS[1].hex()}.undo.index",
+            "work.redo",
+            "work.redo.index",
+        }
+        await check(store)
+        assert journal_of(store).image.read_bytes() == expected(2)
+        async with working(store, grow(3)) as work:
+            assert await content_of(work) == expected(3)
+    await commit(store, 3)
+    await check(store)
+    store.abandon()
+
+
+@pytest.mark.parametrize("at", COMPLETE_POINTS)
+async def test_dying_after_the_record_leaves_the_new_generation(
+    store: Store, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    for number in (1, 2):
+        await commit(store, number)
+    await record(store, 3)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            die_at(patch, at)
+            if journal_of(store)._redo is not None:
+                with pytest.raises(Crash):
+                    await store.complete()
+        store = reopened(store)
+        await check(store)
+    await store.complete()
+    await check(store)
+    assert [name for name in names(store) if ".redo" in name] == []
+    assert journal_of(store).image.read_bytes() == expected(3)
+    store.abandon()
+
+
+BEFORE, NEW, OTHER = "before", "new", "other"
+"""Whose files are there: the newest generation's, those of work that was renamed for the commit that died, and those of
+work that a later session has left."""
+
+
+# --- from a pool that could clone -------------------------------------------------------------------------------
+
+
+async def cloned(place: Place) -> Store:
+    """Three generations and some work, made where files can be cloned, now where they cannot."""
+    store = Store.create(place("xfs") / "db", REGION, clones=True)
+    for number in (1, 2, 3):
+        await commit(store, number)
+    async with working(store, grow(3)) as work:
+        await work.write([(0, b"w" * B)])
+        await work.flush()
+    store.abandon()
+    target = place("tmpfs") / "db"
+    target.mkdir()
+    for name, content in snapshot(store.directory).items():
+        (target / name).write_bytes(content)
+    return Store(target, clones=False)
+
+
+async def test_a_replica_with_a_journal_keeps_it_where_files_can_be_cloned(place: Place) -> None:
+    store = await cloned(place)
+    await commit(store, 4)
+    store.abandon()
+    target = place("xfs") / "db"
+    target.mkdir()
+    for name, content in snapshot(store.directory).items():
+        (target / name).write_bytes(content)
+    moved = Store(target, clones=True)
+    assert journal_of(moved).kind == "journal"
+    await check(moved)
+    await commit(moved, 5)
+    await check(moved)
+    moved.abandon()
+
+
+# --- space ------------------------------------------------------------------------------------------------------
+
+
+def space(path: Path) -> int:
+    return path.stat().st_blocks * 512
+
+
+async def sparse(store: Store) -> None:
+    """A generation with holes."""
+    async with working(store, SIZE) as work:
+        await work.write([(0, b"x" * B)])
+        await work.flush()
+        await store.commit(work, IDS[1], SIZE, DigestCache())
+
+
+@pytest.mark.parametrize("restart", [False, True])
+async def test_reserved_space_is_given_back_with_the_work(
+    reserving: Store, monkeypatch: pytest.MonkeyPatch, restart: bool
+) -> None:
+    store = reserving
+    await sparse(store)
+    image = journal_of(store).image
+    before = space(image)
+    with monkeypatch.context() as patch:
+        patch.setattr(store.generations, "commit", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "injected")))
+        async with working(store, SIZE) as work:
+            await work.write([(2 * B, b"y" * 20 * B)])
+            await work.flush()
+            with pytest.raises(OSError, match="injected"):
+                await store.commit(work, IDS[2], SIZE, DigestCache())
+    # Taken for the commit, so that applying it cannot fail for lack of space.
+    assert space(image) == before + 20 * B
+    if restart:
+        store = reopened(store)
+    else:
+        await store.reload()
+    await store.discard_work()
+    assert space(image) == before
+    assert image.read_bytes() == b"x" * B + bytes(SIZE - B)
+    assert [name for name in names(store) if ".redo" in name or ".undo" in name] == []
+    store.abandon()
+
+
+async def test_space_that_an_earlier_attempt_reserved_is_given_back_by_the_one_that_succeeds(
+    reserving: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = reserving
+    await sparse(store)
+    image = journal_of(store).image
+    before = space(image)
+    async with working(store, SIZE) as work:
+        await work.write([(2 * B, b"y" * 20 * B)])
+        await work.flush()
+        with monkeypatch.context() as patch:
+            die_at(patch, "commit-renamed")
+            with pytest.raises(Crash):
+                await store.commit(work, IDS[2], SIZE, DigestCache())
+    store = reopened(store)
+    async with working(store, SIZE) as work:
+        await work.unmap([(2 * B, 18 * B)])
+        await work.flush()
+        await store.commit(work, IDS[2], SIZE, DigestCache())
+    await store.complete()
+    assert space(image) == before + 2 * B
+    assert image.read_bytes() == b"x" * B + bytes(19 * B) + b"y" * 2 * B + bytes(SIZE - 22 * B)
+    store.abandon()
+
+
+async def test_a_journal_has_a_limit(place: Place) -> None:
+    store = Store.create(place("tmpfs") / "db", REGION, clones=False, journal_limit=3 * B)
+    await commit(store, 1)
+    async with working(store, SIZE) as work:
+        await work.write([(0, b"y" * 3 * B)])
+        with pytest.raises(BlockferryError) as caught:
+            await work.write([(3 * B, b"y")])
+        assert caught.value.code is Code.OUT_OF_SPACE
+    await check(store)
+    store.abandon()
+
+
+# --- readers ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_reader_waits_while_generations_change_places(store: Store) -> None:
+    first = await commit(store, 1)
+    volume = await store.content.open_point(first)
+    async with working(store, SIZE) as work:
+        await change(work, 2)
+        reading: list[asyncio.Task[bytes]] = []
+        loop = asyncio.get_running_loop()
+
+        def record_it(point: Point) -> None:
+            asyncio.run_coroutine_threadsafe(begin(), loop).result(30)
+            store.generations.commit(point, demotes=False)
+
+        async def begin() -> None:
+            reading.append(asyncio.create_task(content_of(volume)))
+            await asyncio.sleep(0)
+
+        point = store.generations.next(IDS[2], SIZE)
+        await store.content.seal(work, point)
+        await store.content.publish(point, lambda: record_it(point))
+    assert await reading[0] == expected(1)
+    await check(store)
+
+
+async def test_nothing_is_left_open(store: Store) -> None:
+    store.abandon()
+    before = set(os.listdir("/proc/self/fd"))
+    again = reopened(store)
+    for number in (1, 2, 3):
+        await commit(again, number)
+    await record(again, 4)
+    await again.reload()
+    await drop(again, 2)
+    await check(again)
+    again.close()
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+async def test_handing_out_a_generation_copies_it_without_its_holes(store: Store, tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        await commit(store, number)
+    await record(store, 4)
+    told: list[tuple[int, int]] = []
+    for point in store.generations.points:
+        target = tmp_path / f"{point.number}.img"
+        told.clear()
+        await store.content.hand_out(point, target, lambda done, total: told.append((done, total)))
+        assert target.read_bytes() == expected(point.number)
+        room = await store.content.room_to_hand_out(point)
+        assert told[-1] == (room, room)
+        assert space(target) <= room + B
+    await store.complete()
+    await check(store)
+
+
+# --- handing over -----------------------------------------------------------------------------------------------
+
+
+def test_the_kinds_of_files_have_the_names_of_the_documentation() -> None:
+    assert (journal.REDO, journal.UNDO, index_of(Path("x.redo")).name) == (".redo", ".undo", "x.redo.index")
