@@ -81,6 +81,7 @@ def resealed(content: bytes) -> bytes:
         pytest.param(MAGIC + b"\x02\x00\x00\x00" + b"{}", id="header without its fields"),
         pytest.param(MAGIC + b"\x04\x00\x00\x00" + b"null", id="header that is no object"),
         pytest.param(MAGIC + b"\x0e\x00\x00\x00" + b'{"number":"1"}', id="field of another type"),
+        pytest.param(MAGIC + b"\x17\x00\x00\x00" + b'{"number":1,"text":"\xff"}', id="text that is not UTF-8"),
     ],
 )
 def test_what_was_never_sealed_like_this_is_nothing(content: bytes) -> None:
