@@ -268,6 +268,49 @@ async def test_damaged_before_images_hide_what_needs_them_and_nothing_newer(
     again.abandon()
 
 
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("order", [*itertools.permutations([1, 2, 3])], ids=str)
+@pytest.mark.parametrize("victim", [1, 2, 3])
+async def test_dropping_damaged_generations_never_makes_an_older_one_readable(
+    store: Store, victim: int, order: tuple[int, ...], restart: bool
+) -> None:
+    for number in range(5):
+        await commit(store, number + 1)
+    store.abandon()
+    # Generations 1 to 5; 4 and the newest are whole.
+    flip(path_of(store, victim, ".undo.index"))
+    store = reopened(store)
+    hidden = set(range(1, victim + 1))
+    for number in order:
+        await drop(store, number)
+        hidden.discard(number)
+        await check(store, *hidden)
+        if restart:
+            store = reopened(store)
+            await check(store, *hidden)
+    assert [point.number for point in store.generations.points] == [4, 5]
+    assert [name for name in names(store) if ".undo" in name] == [f"{IDS[4].hex()}.undo", f"{IDS[4].hex()}.undo.index"]
+    store.abandon()
+
+
+async def test_before_images_that_come_back_too_late_are_not_believed(store: Store) -> None:
+    for number in range(1, 4):
+        await commit(store, number)
+    store.abandon()
+    index = path_of(store, 1, ".undo.index")
+    good = index.read_bytes()
+    flip(index)
+    store = reopened(store)
+    await drop(store, 2)
+    await check(store, 1)
+    # Half of what the older one needs went with generation 2. The mark that this is so was made before.
+    assert not index.exists()
+    store.abandon()
+    index.write_bytes(good)
+    data = path_of(store, 1, ".undo").read_bytes()
+    assert len(data) == SIZE
+
+
 @pytest.mark.parametrize(("suffix", "damage"), [(".redo.index", flip), (".redo", cut_off)], ids=["index", "data"])
 async def test_a_damaged_redo_of_the_newest_generation_is_refused(
     store: Store, suffix: str, damage: Callable[[Path], None]

@@ -312,13 +312,8 @@ class JournalContent(Content):
     async def drop(self, point: Point, record: Callable[[], None]) -> None:
         undo = self._undo.get(point.commit_id)
         before = [one for one in self.generations.points if one.number < point.number]
-        older = self._undo.get(before[-1].commit_id) if before else None
-        if older is not None and undo is not None:
-            await copying.merge(undo, older)
-        elif older is not None and not self._whole(point):
-            # What the older one needs of this one is damaged. It must never be read without it.
-            self._broken[before[-1].commit_id] = f"those of generation {point.number}, which it needs, were damaged"
-            await in_thread(remove_durably, index_of(older.path))
+        if before and not self._whole(before[-1]):
+            await self._hand_down(point, before[-1])
         await in_thread(record)
         disk.crash_point("drop-recorded")
         async with self._gate.closed():
@@ -329,6 +324,21 @@ class JournalContent(Content):
         await in_thread(Delta.remove, self._named(point, UNDO))
         await in_thread(disk.unlink, self._named(point, IMAGE))
         disk.crash_point("drop-image-removed")
+
+    async def _hand_down(self, point: Point, older: Point) -> None:
+        """Give `older` what it needs of the next newer `point`, which is about to go."""
+        undo, theirs = self._undo.get(point.commit_id), self._undo.get(older.commit_id)
+        if undo is not None and theirs is not None:
+            await copying.merge(undo, theirs)
+            return
+        # One of them is damaged. The older one, and what is older still, must never be read without it.
+        await in_thread(remove_durably, index_of(self._named(older, UNDO)))
+        async with self._gate.closed():
+            cause = f"those of generation {point.number}, which it needs, were damaged"
+            self._broken.setdefault(older.commit_id, cause)
+            self._undo.pop(older.commit_id, None)
+            if theirs is not None:
+                theirs.close()
 
     # --- committed generations ------------------------------------------------------------------------------------
 
