@@ -560,6 +560,50 @@ async def test_a_journal_has_a_limit(place: Place) -> None:
 # --- readers ----------------------------------------------------------------------------------------------------
 
 
+async def test_a_reader_keeps_its_generation_through_everything(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers: list[tuple[int, Volume]] = []
+    real = copying.apply
+
+    async def look() -> None:
+        for one, volume in readers:
+            assert (volume.size, await content_of(volume)) == (grow(one), expected(one)), one
+
+    async def apply(redo: Delta, volume: Volume) -> None:
+        # Half of the image is new, and the other half old.
+        for offset in range(0, redo.size // 2, B):
+            if offset // B in redo.data:
+                part = bytearray(B)
+                redo.read_into(offset, memoryview(part))
+                await volume.write([(offset, part)])
+        await look()
+        await real(redo, volume)
+        await look()
+
+    monkeypatch.setattr(copying, "apply", apply)
+    for number in range(1, 5):
+        point = await record(store, number)
+        readers.append((number, await store.content.open_point(point)))
+        await look()
+        await store.complete()
+        await look()
+        await store.reload()
+        await look()
+    # 2 goes, and whoever reads it is told; what 1 needs of it stays.
+    (_, second) = readers.pop(1)
+    await drop(store, 2)
+    with pytest.raises(BlockferryError) as caught:
+        await content_of(second)
+    assert caught.value.code is Code.NOT_FOUND
+    await look()
+    async with working(store, grow(5)) as work:
+        await change(work, 5)
+        await look()
+    await store.discard_work()
+    await look()
+    for _, volume in readers:
+        await volume.close()
+
+
 async def test_a_reader_waits_while_generations_change_places(store: Store) -> None:
     first = await commit(store, 1)
     volume = await store.content.open_point(first)

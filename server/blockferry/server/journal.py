@@ -346,6 +346,13 @@ class JournalContent(Content):
         """What is read over the image for a generation, in this order."""
         if point == self.generations.newest:
             return [self._redo] if self._redo is not None else []
+        if self.generations.point(point.number) != point:
+            raise BlockferryError(
+                Code.NOT_FOUND,
+                f"generation {point.number} of {self.directory.name} was dropped",
+                cause="retention let go of it while its reading began",
+                next="read a newer one",
+            )
         newer = [one for one in self.generations.points[:-1] if one.number >= point.number]
         with contextlib.suppress(KeyError):
             return [self._undo[one.commit_id] for one in newer]
