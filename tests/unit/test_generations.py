@@ -97,6 +97,8 @@ def test_commits(log: Generations) -> None:
     assert points[0].committed_at_us > 1_700_000_000_000_000
     assert (log.points, log.newest, log.last_number, log.committed_size) == (points, points[2], 3, 25)
     assert [log.point(number) for number in range(5)] == [points[2], *points, None]
+    assert log.was_committed(IDS[2].hex()) and not log.was_committed(IDS[4].hex())
+    assert not log.was_committed("work") and not log.was_committed("")
     assert reread(log) == told(log)
 
 

@@ -442,6 +442,72 @@ BEFORE, NEW, OTHER = "before", "new", "other"
 work that a later session has left."""
 
 
+@pytest.mark.parametrize(
+    ("present", "left"),
+    [
+        pytest.param({"work.redo": NEW, "work.redo.index": NEW}, NEW, id="nothing renamed"),
+        pytest.param({"3.redo": NEW, "work.redo.index": NEW}, NEW, id="data renamed"),
+        pytest.param({"work.redo": NEW, "3.redo.index": NEW}, NEW, id="index renamed"),
+        pytest.param({"3.redo": NEW, "3.redo.index": NEW}, NEW, id="both renamed"),
+        pytest.param({"3.redo": NEW}, BEFORE, id="data alone"),
+        pytest.param({"3.redo.index": NEW}, BEFORE, id="index alone"),
+        pytest.param({"work.redo": NEW}, BEFORE, id="work without index"),
+        pytest.param({"work.redo.index": NEW}, BEFORE, id="work without data"),
+        pytest.param(
+            {"3.redo": NEW, "3.redo.index": NEW, "work.redo": OTHER, "work.redo.index": OTHER},
+            OTHER,
+            id="other work since",
+        ),
+        pytest.param(
+            {"3.redo": NEW, "work.redo": OTHER, "work.redo.index": OTHER}, OTHER, id="other work since, and half of it"
+        ),
+        pytest.param(
+            {"3.redo.index": NEW, "work.redo": OTHER, "work.redo.index": OTHER},
+            OTHER,
+            id="other work since, and the other half",
+        ),
+        pytest.param(
+            {"3.redo": NEW, "3.redo.index": NEW, "work.redo": OTHER}, NEW, id="other work that was never flushed"
+        ),
+        pytest.param({"1.redo": OTHER, "1.redo.index": OTHER}, BEFORE, id="applied long ago"),
+        pytest.param({"2.redo": OTHER}, BEFORE, id="applied, index removed"),
+        pytest.param({"elsewhere.redo": OTHER}, BEFORE, id="not ours"),
+    ],
+)
+@pytest.mark.parametrize("undo", [[], [".undo"], [".undo", ".undo.index"], [".undo.index"]], ids=str)
+async def test_every_combination_of_files_recovers_to_one_state(
+    store: Store, present: dict[str, str], left: str, undo: list[str]
+) -> None:
+    for number in (1, 2):
+        await commit(store, number)
+    content = {BEFORE: expected(2)}
+    files = {}
+    for owner, number in ((NEW, 3), (OTHER, 4)):
+        async with working(store, grow(3)) as work:
+            await work.write(marked(number, grow(3)))
+            await work.flush()
+            content[owner] = await content_of(work)
+        for suffix in (".redo", ".redo.index"):
+            files[owner, suffix] = (store.directory / f"work{suffix}").read_bytes()
+        await store.discard_work()
+    store.abandon()
+    for name, owner in present.items():
+        stem, _, suffix = name.partition(".")
+        path = store.directory / (f"{IDS[int(stem)].hex()}.{suffix}" if stem.isdigit() else name)
+        path.write_bytes(files[owner, f".{suffix}"])
+    for suffix in undo:
+        # Before-images of the newest generation, captured for the commit that died.
+        path_of(store, 2, suffix).write_bytes(b"whatever")
+    again = reopened(store)
+    await check(again)
+    assert not any(path_of(again, 2, suffix).exists() for suffix in (".undo", ".undo.index", ".redo"))
+    async with working(again, grow(3)) as work:
+        assert await content_of(work) == (content[left] if left != BEFORE else content[left] + bytes(B + 9))
+        await work.flush()
+    assert [name for name in names(again) if ".redo" in name] == ["work.redo", "work.redo.index"]
+    again.abandon()
+
+
 # --- from a pool that could clone -------------------------------------------------------------------------------
 
 
@@ -461,6 +527,35 @@ async def cloned(place: Place) -> Store:
     return Store(target, clones=False)
 
 
+async def test_a_replica_from_a_pool_of_clones_goes_on_with_a_journal(place: Place) -> None:
+    store = await cloned(place)
+    content = journal_of(store)
+    points = store.generations.points
+    assert content.image.read_bytes() == expected(3)
+    assert [content.path(point) for point in points] == [
+        path_of(store, 1, ".img"),
+        path_of(store, 2, ".img"),
+        content.image,
+    ]
+    # Work that was not committed is of no use here: it would have to be compared block by block.
+    assert not content.has_work()
+    assert [name for name in names(store) if name.endswith(".img")] == [f"{IDS[number].hex()}.img" for number in (1, 2)]
+    await check(store)
+    assert content.bytes_held(points[0]) >= SIZE - 10 * B
+    for number in (4, 5):
+        await commit(store, number)
+        await check(store)
+    store = reopened(store)
+    await check(store)
+    for number in (2, 3, 1, 4):
+        await drop(store, number)
+        await check(store)
+        store = reopened(store)
+        await check(store)
+    assert [name for name in names(store) if name.endswith(".img")] == []
+    store.abandon()
+
+
 async def test_a_replica_with_a_journal_keeps_it_where_files_can_be_cloned(place: Place) -> None:
     store = await cloned(place)
     await commit(store, 4)
@@ -475,6 +570,45 @@ async def test_a_replica_with_a_journal_keeps_it_where_files_can_be_cloned(place
     await commit(moved, 5)
     await check(moved)
     moved.abandon()
+
+
+async def test_work_is_never_taken_for_a_generation_whose_image_is_missing(place: Place) -> None:
+    store = await cloned(place)
+    await store.content.discard()
+    store.abandon()
+    journal_of(store).image.unlink()
+    (store.directory / "work.img").write_bytes(b"w" * SIZE)
+    again = reopened(store)
+    newest = again.generations.newest
+    assert newest is not None
+    assert again.content.problem(newest) == "its image is missing"
+    assert await read(again, again.generations.points[0]) == expected(1)
+    again.abandon()
+
+
+async def test_a_dropped_image_that_was_not_yet_removed_is_removed(place: Place) -> None:
+    store = await cloned(place)
+    image = path_of(store, 1, ".img")
+    kept = image.read_bytes()
+    await drop(store, 1)
+    assert not image.exists()
+    image.write_bytes(kept)
+    again = reopened(store)
+    assert not image.exists()
+    await check(again)
+    again.abandon()
+
+
+@pytest.mark.parametrize("name", ["work", IDS[1].hex()], ids=["work", "renamed for its commit"])
+async def test_an_unfinished_first_sync_of_a_pool_of_clones_goes_on(place: Place, name: str) -> None:
+    store = Store.create(place("tmpfs") / "db", REGION, clones=False)
+    store.abandon()
+    (store.directory / f"{name}.img").write_bytes(b"f" * SIZE)
+    again = reopened(store)
+    assert again.content.has_work()
+    async with working(again, SIZE) as work:
+        assert await content_of(work) == b"f" * SIZE
+    again.abandon()
 
 
 # --- space ------------------------------------------------------------------------------------------------------

@@ -338,6 +338,25 @@ async def test_what_was_dropped_and_not_yet_removed_is_removed(store: Store) -> 
     again.abandon()
 
 
+async def test_a_generation_given_up_by_an_update_in_place_is_work(place: Place) -> None:
+    # As servers have left it that had no journal: after the record, before and after the image was renamed.
+    for renamed in (False, True):
+        store = Store.create(place("temporary") / "db", REGION, clones=False)
+        await commit(store, 1)
+        store.abandon()
+        log = Log(store.directory / "commits.log")
+        log.append({"kind": "overwrite", "number": 1})
+        log.close()
+        name = "work" if renamed else IDS[1].hex()
+        (store.directory / "image.raw").rename(store.directory / f"{name}.img")
+        again = opened(store.directory, store)
+        assert (again.generations.newest, again.generations.committed_size) == (None, SIZE)
+        assert again.content.has_work()
+        assert await read_work(again) == pattern(1, SIZE)
+        assert [name for name in names(again) if name.endswith(".img")] == []
+        again.abandon()
+
+
 async def test_temporary_files_of_a_dead_process_are_removed(store: Store) -> None:
     await commit(store, 1)
     before = names(store)

@@ -83,10 +83,16 @@ class JournalContent(Content):
     # --- opening --------------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        self._take_over_images()
+        try:
+            self._recover()
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _recover(self) -> None:
         newest, older = self.generations.newest, self.generations.points[:-1]
-        for path in sorted(self.directory.glob("*" + REDO)) + sorted(self.directory.glob("*" + REDO + ".index")):
-            self._settle_redo(path, newest)
+        self._settle_images(newest)
+        self._settle_redos(newest)
         for path in self.directory.glob("*" + REDO):
             if not index_of(path).exists():
                 # Data without an index was never made durable, or was applied: it means nothing.
@@ -105,26 +111,33 @@ class JournalContent(Content):
         for point in older:
             self._open_undo(point)
 
-    def _take_over_images(self) -> None:
-        """What a pool of clones, or an update in place, has left on a file system that cannot clone."""
-        if self.image.exists():
-            return
-        newest = self.generations.newest
-        for path in (self._named(newest, IMAGE) if newest else None, self.directory / ("work" + IMAGE)):
-            if path is not None and path.exists():
+    def _settle_images(self, newest: Point | None) -> None:
+        """What a pool of clones, or an update in place, has left on a file system that cannot clone: the newest
+        generation becomes the one image, older ones stay what they are, and all else is work of no use here. Without a
+        generation that work is the first sync's."""
+        if newest is not None and self._whole(newest) and not self.image.exists():
+            rename_durably(self._named(newest, IMAGE), self.image)
+        known = {self._named(point, IMAGE) for point in self.generations.points} | {self.promoted}
+        for path in sorted(set(self.directory.glob("*" + IMAGE)) - known, reverse=True):
+            if newest is None and not self.image.exists():
                 rename_durably(path, self.image)
-                break
+            else:
+                disk.unlink(path)
 
-    def _settle_redo(self, path: Path, newest: Point | None) -> None:
-        """A redo that no record names was on its way: it is work again. One of an older generation was applied."""
-        commit_id = path.name.split(".")[0]
-        if commit_id == "work" or (newest is not None and commit_id == newest.commit_id.hex()):
-            return
-        if self.generations.committed(bytes.fromhex(commit_id)) is not None:
-            disk.unlink(path)
-        else:
-            disk.rename(path, path.with_name(path.name.replace(commit_id, "work", 1)))
-        disk.crash_point("start-redo-settled")
+    def _settle_redos(self, newest: Point | None) -> None:
+        """A redo that no record names was on its way: it is work again, unless other work has begun since. One of an
+        older generation was applied."""
+        known = {"work"} if newest is None else {"work", newest.commit_id.hex()}
+        for name in sorted({path.name.split(".")[0] for path in self.directory.glob("*" + REDO + "*")} - known):
+            redo = self.directory / (name + REDO)
+            if self.generations.was_committed(name) or (self.work.exists() and index_of(self.work).exists()):
+                Delta.remove(redo)
+            else:
+                # Dying between two renames leaves one of each.
+                for path, target in ((redo, self.work), (index_of(redo), index_of(self.work))):
+                    if path.exists():
+                        disk.rename(path, target)
+            disk.crash_point("start-redo-settled")
 
     def _open_undo(self, point: Point) -> None:
         if self._whole(point):
