@@ -311,6 +311,25 @@ async def test_before_images_that_come_back_too_late_are_not_believed(store: Sto
     assert len(data) == SIZE
 
 
+@pytest.mark.parametrize("victim", [1, 2])
+async def test_before_images_of_a_newer_server_are_refused_and_left_alone(store: Store, victim: int) -> None:
+    for number in range(1, 4):
+        await commit(store, number)
+    await record(store, 4)
+    store.abandon()
+    index = path_of(store, victim, ".undo.index")
+    content = index.read_bytes()[:-32]
+    end = 12 + int.from_bytes(content[8:12], "little")
+    head = msgspec.json.encode({**msgspec.json.decode(content[12:end]), "format": 2})
+    content = content[:8] + len(head).to_bytes(4, "little") + head + content[end:]
+    index.write_bytes(content + blake3(content).digest())
+    before = snapshot(store.directory), set(os.listdir("/proc/self/fd"))
+    with pytest.raises(BlockferryError) as caught:
+        Store(store.directory, clones=False)
+    assert caught.value.code is Code.UNSUPPORTED
+    assert (snapshot(store.directory), set(os.listdir("/proc/self/fd"))) == before
+
+
 @pytest.mark.parametrize(("suffix", "damage"), [(".redo.index", flip), (".redo", cut_off)], ids=["index", "data"])
 async def test_a_damaged_redo_of_the_newest_generation_is_refused(
     store: Store, suffix: str, damage: Callable[[Path], None]

@@ -145,6 +145,8 @@ class JournalContent(Content):
         try:
             self._undo[point.commit_id] = Delta.open(self._named(point, UNDO))
         except BlockferryError as error:
+            if error.code is not Code.CORRUPT_STATE:
+                raise
             # One that is damaged hides none of the newer ones.
             self._broken[point.commit_id] = error.cause
 
