@@ -780,6 +780,17 @@ async def test_a_reader_waits_while_generations_change_places(store: Store) -> N
     await check(store)
 
 
+async def test_readers_that_begin_together_share_one_descriptor(store: Store) -> None:
+    point = await commit(store, 1)
+    again = reopened(store)
+    before = len(os.listdir("/proc/self/fd"))
+    volumes = await asyncio.gather(*(again.content.open_point(point) for _ in range(8)))
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert {await content_of(volume) for volume in volumes} == {expected(1)}
+    again.abandon()
+    assert len(os.listdir("/proc/self/fd")) < before
+
+
 async def test_nothing_is_left_open(store: Store) -> None:
     store.abandon()
     before = set(os.listdir("/proc/self/fd"))

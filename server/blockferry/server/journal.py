@@ -21,6 +21,7 @@ holds every block that its successor changes, so readers of older generations ne
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import Callable
@@ -52,6 +53,7 @@ class JournalContent(Content):
         super().__init__(directory, generations)
         self._limit = limit
         self._gate = Gate()
+        self._opening = asyncio.Lock()
         self._base: ImageVolume | None = None
         self._work: Delta | None = None
         self._redo: Delta | None = None
@@ -174,9 +176,10 @@ class JournalContent(Content):
             base.let_go()
 
     async def _opened_base(self) -> ImageVolume:
-        if self._base is None:
-            self._base = await ImageVolume.open(self.image, writable=True)
-        return self._base
+        async with self._opening:
+            if self._base is None:
+                self._base = await ImageVolume.open(self.image, writable=True)
+            return self._base
 
     # --- a session's work -----------------------------------------------------------------------------------------
 
