@@ -698,6 +698,24 @@ async def test_space_that_an_earlier_attempt_reserved_is_given_back_by_the_one_t
     store.abandon()
 
 
+async def test_giving_space_back_takes_nothing_from_a_redo_that_is_being_applied(
+    reserving: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = reserving
+    await sparse(store)
+    async with working(store, SIZE) as work:
+        await work.write([(2 * B, b"y" * 20 * B)])
+        await work.flush()
+        point = await store.commit(work, IDS[2], SIZE, DigestCache())
+    image = journal_of(store).image
+    before = space(image)
+    # As a promotion does it, with the commit before it not yet complete.
+    await store.discard_work()
+    assert space(image) == before
+    await store.complete()
+    assert await read(store, point) == image.read_bytes() == b"x" * B + bytes(B) + b"y" * 20 * B + bytes(SIZE - 22 * B)
+
+
 async def test_a_journal_has_a_limit(place: Place) -> None:
     store = Store.create(place("tmpfs") / "db", REGION, clones=False, journal_limit=3 * B)
     await commit(store, 1)
@@ -823,6 +841,56 @@ async def test_handing_out_a_generation_copies_it_without_its_holes(store: Store
 
 
 # --- handing over -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_changes", [False, True])
+async def test_a_replica_is_demoted_only_from_a_complete_image(store: Store, keep_changes: bool) -> None:
+    await commit(store, 1)
+    await record(store, 2)
+    replica = Replica("db", "main", store, 60.0, Retention(last=9))
+    # Nobody has applied the redo: that failed, or is still under way.
+    await handover.promote(replica, 0, lambda done, total: None)
+    promoted = store.content.promoted
+    assert promoted.read_bytes() == expected(2)
+    changed = bytearray(expected(2))
+    changed[5 * B : 5 * B + 3] = b"new"
+    promoted.write_bytes(changed)
+    point = await handover.demote(replica, keep_changes=keep_changes)
+    assert (point.number, replica.state) == (3, State.CONSISTENT)
+    await replica.complete()
+    assert await read(store, point) == (changed if keep_changes else expected(2))
+    assert await read(store, store.generations.points[1]) == expected(2)
+    assert await read(store, store.generations.points[0]) == expected(1)
+
+
+async def test_a_promotion_that_fails_leaves_the_completing_of_a_commit_alone(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await commit(store, 1)
+    point = await record(store, 2)
+    replica = Replica("db", "main", store, 60.0, Retention(last=9))
+    real, begun, go_on = copying.apply, asyncio.Event(), asyncio.Event()
+
+    async def apply(redo: Delta, volume: Volume) -> None:
+        begun.set()
+        await go_on.wait()
+        # With the redo that was there when this began, open as it was.
+        await real(redo, volume)
+
+    async def copy(*_: object) -> None:
+        asyncio.get_running_loop().call_later(0.05, go_on.set)
+        raise OSError(28, "injected")
+
+    monkeypatch.setattr(copying, "apply", apply)
+    monkeypatch.setattr(copying, "copy", copy)
+    completing = asyncio.create_task(replica.complete())
+    await begun.wait()
+    with pytest.raises(BlockferryError) as caught:
+        await handover.promote(replica, 0, lambda done, total: None)
+    assert (caught.value.code, replica.state) == (Code.OUT_OF_SPACE, State.CONSISTENT)
+    await completing
+    assert journal_of(store).image.read_bytes() == await read(store, point) == expected(2)
+    assert [name for name in names(store) if ".redo" in name or name.endswith((".img", ".tmp"))] == []
 
 
 def test_the_kinds_of_files_have_the_names_of_the_documentation() -> None:

@@ -197,6 +197,7 @@ class JournalContent(Content):
             # Nothing is committed yet, so there is nothing to lose: the first sync writes in place.
             continued = await in_thread(self._make_image, size)
             return await ImageVolume.open(self.image, writable=True), continued
+        assert self._redo is None, "work is read over the image alone"
         continued = await in_thread(self._open_work, size)
         top, base = self._work, await self._opened_base()
         assert top is not None
@@ -243,7 +244,8 @@ class JournalContent(Content):
             await in_thread(disk.unlink, self.image)
         else:
             await in_thread(Delta.remove, self.work)
-            if self._reservations:
+            if self._reservations and self._redo is None:
+                # While a redo is applied what it needs is not in use yet; `complete` sees to the rest.
                 await (await self._opened_base()).release()
                 self._reservations = 0
         disk.crash_point("discard-removed")
