@@ -506,6 +506,29 @@ async def test_a_newer_format_is_refused_by_name_and_left_alone(store: Store, ch
     assert snapshot(store.directory) == before
 
 
+def test_an_older_format_is_raised_so_that_older_servers_refuse_what_is_written_from_now_on(store: Store) -> None:
+    store.abandon()
+    path = store.directory / "replica.json"
+    identity = msgspec.json.decode(path.read_bytes())
+    path.write_bytes(msgspec.json.encode({**identity, "format": 1}))
+    again = opened(store.directory, store)
+    assert again.identity.format == FORMAT
+    assert msgspec.json.decode(path.read_bytes()) == identity
+    again.abandon()
+
+
+@pytest.mark.parametrize("damage", ["session.json", "commits.log"])
+def test_a_format_is_not_raised_where_a_replica_is_refused(store: Store, damage: str) -> None:
+    store.abandon()
+    path = store.directory / "replica.json"
+    path.write_bytes(msgspec.json.encode({**msgspec.json.decode(path.read_bytes()), "format": 1}))
+    (store.directory / damage).write_bytes(b"rubbish\nrubbish\n")
+    before = snapshot(store.directory)
+    with pytest.raises(BlockferryError):
+        opened(store.directory, store)
+    assert snapshot(store.directory) == before
+
+
 def test_fields_that_a_newer_server_added_to_this_format_are_passed_over(store: Store) -> None:
     store.write_session(SessionRecord(epoch=5))
     store.abandon()
