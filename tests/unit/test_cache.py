@@ -107,3 +107,26 @@ def test_a_stamp_tells_a_touched_file_from_an_untouched_one(tmp_path: Path) -> N
     assert (Stamp.of(path).inode, Stamp.of(path).size) == (before.inode, before.size)
     path.write_bytes(b"xy")
     assert Stamp.of(path) != before
+
+
+FROZEN = bytes.fromhex(
+    """
+    4246444947455354630000007b22666f726d6174223a312c22636f6d6d69745f6964223a2230303031303230333034303530
+    36303730383039306130623063306430653066222c22726567696f6e5f73697a65223a313034383537362c226b6e6f776e5f
+    6c656e677468223a33307d3a300000020000000000010001000000180000001c000000000001007011616161616161616161
+    6161616161616100000000000000000000000000000000000102030405060708090a0b0c0d0e0f6a2241551733da1cc8a791
+    1d6d011af41f874e934758344091295c5012b89b0a
+    """
+)
+
+
+def test_the_bytes_of_a_digest_file_never_change() -> None:
+    """docs/formats.md. A change here is a new format, which older servers must be told from this one."""
+    content = filled({0: b"a" * 16, 1: bytes(16), 70000: bytes(range(16))})
+    assert cache.encode(content, COMMIT, REGION) == FROZEN
+
+
+def test_the_frozen_bytes_are_read_back() -> None:
+    found = cache.decode(FROZEN, COMMIT, REGION)
+    assert found is not None
+    assert dict(found.items()) == {0: b"a" * 16, 1: bytes(16), 70000: bytes(range(16))}

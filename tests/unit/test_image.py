@@ -491,3 +491,27 @@ async def test_a_loop_device_over_the_image_is_named(tmp_path: Path) -> None:
         except Unavailable as error:
             pytest.skip(str(error))
         assert await volume.writers() == []
+
+
+@pytest.mark.parametrize("read", [False, True])
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+async def test_what_was_reserved_and_not_written_is_given_back(place: Place, kind: str, read: bool) -> None:
+    volume = await ImageVolume.create(place(kind) / "image", 64 * 4096)
+    await volume.write([(0, b"a" * 4096)])
+    if read:
+        # A hole that was read is in the page cache, as zeros.
+        await volume.read_into(0, memoryview(bytearray(64 * 4096)))
+    await volume.reserve([(2 * 4096, 20 * 4096), (40 * 4096, 4096)])
+    assert volume.path.stat().st_blocks * 512 == 22 * 4096
+    # Written, and not flushed: the file system may still call it reserved.
+    await volume.write([(5 * 4096, b"b" * 8192), (41 * 4096, b"c" * 4096)])
+    await volume.release()
+    content = b"a" * 4096 + bytes(4 * 4096) + b"b" * 8192 + bytes(34 * 4096) + b"c" * 4096 + bytes(22 * 4096)
+    assert volume.path.read_bytes() == content
+    await volume.flush()
+    # ext4 keeps the block in which it had noted the many pieces.
+    assert volume.path.stat().st_blocks * 512 in (4 * 4096, 5 * 4096 if kind == "ext4" else 0)
+    # More than once is as good.
+    await volume.release()
+    assert volume.path.read_bytes() == content
+    await volume.close()

@@ -15,7 +15,6 @@ ALLOWED = {
     "CONSISTENT": {"OPEN": "UPDATING", "PROMOTE": "PROMOTED"},
     "UPDATING": {
         "OPEN": "UPDATING",
-        "OVERWRITE": "SYNCING",
         "COMMIT": "CONSISTENT",
         "CLOSE": "CONSISTENT",
         "PROMOTE": "PROMOTED",

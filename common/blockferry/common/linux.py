@@ -88,17 +88,21 @@ def reflink(source_fd: int, target_fd: int) -> None:
 _FS_IOC_FIEMAP = 0xC020660B
 _FIEMAP_HEADER = struct.Struct("=QQIIII")
 _FIEMAP_EXTENT = struct.Struct("=QQQQQIIII")
+_FIEMAP_FLAG_SYNC = 0x0001
 _FIEMAP_LAST = 0x0001
+_FIEMAP_UNWRITTEN = 0x0800
 _FIEMAP_SHARED = 0x2000
 _FIEMAP_BATCH = 512
 
 
-def extents(fd: int) -> Iterator[tuple[int, int, int, int]]:
-    """(logical, physical, length, flags) of every extent of a file, by FIEMAP; raise OSError where it is unknown."""
+def extents(fd: int, *, sync: bool = False) -> Iterator[tuple[int, int, int, int]]:
+    """(logical, physical, length, flags) of every extent of a file, by FIEMAP; raise OSError where it is unknown. With
+    `sync` everything written so far is placed first."""
     buffer = bytearray(_FIEMAP_HEADER.size + _FIEMAP_BATCH * _FIEMAP_EXTENT.size)
     start = 0
     while True:
-        _FIEMAP_HEADER.pack_into(buffer, 0, start, (1 << 64) - 1 - start, 0, 0, _FIEMAP_BATCH, 0)
+        flags = _FIEMAP_FLAG_SYNC if sync else 0
+        _FIEMAP_HEADER.pack_into(buffer, 0, start, (1 << 64) - 1 - start, flags, 0, _FIEMAP_BATCH, 0)
         fcntl.ioctl(fd, _FS_IOC_FIEMAP, buffer)
         mapped = _FIEMAP_HEADER.unpack_from(buffer)[3]
         for index in range(mapped):
@@ -109,6 +113,12 @@ def extents(fd: int) -> Iterator[tuple[int, int, int, int]]:
                 return
         if mapped == 0:
             return
+
+
+def unwritten_extents(fd: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of what was reserved and never written; raise OSError where it is unknown."""
+    # An extent counts as never written until what was written to it has reached the disk.
+    return ((start, length) for start, _, length, flags in extents(fd, sync=True) if flags & _FIEMAP_UNWRITTEN)
 
 
 def unshared_bytes(fd: int) -> int:

@@ -42,17 +42,11 @@ class CloneContent(Content):
             if path in known:
                 continue
             # Renamed for a commit whose record was never written; or dropped, and not yet removed.
-            if self.work.exists() or self._was_committed(path.stem):
+            if self.work.exists() or self.generations.was_committed(path.stem):
                 disk.unlink(path)
             else:
                 disk.rename(path, self.work)
             disk.crash_point("start-image-settled")
-
-    def _was_committed(self, commit_id: str) -> bool:
-        try:
-            return self.generations.committed(bytes.fromhex(commit_id)) is not None
-        except ValueError:
-            return False
 
     async def reload(self, generations: Generations) -> None:
         self.generations = generations

@@ -42,6 +42,10 @@ def blocks_of(offset: int, length: int) -> range:
     return range(offset // BLOCK_SIZE, -(-(offset + length) // BLOCK_SIZE))
 
 
+_CONTAINER = 1 << 16
+"""Numbers that a bitmap keeps together."""
+
+
 def runs(blocks: BitMap64) -> Iterator[Run]:
     """The maximal runs of consecutive members, ascending."""
     position = 0
@@ -50,18 +54,26 @@ def runs(blocks: BitMap64) -> Iterator[Run]:
             first = blocks.next_set_bit(position)
         except ValueError:
             return
-        # Galloping: a run costs the logarithm of its length.
-        low, high = first + 1, first + 1
-        while blocks.contains_range(first, high):
-            low, high = high, high + (high - first)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if blocks.contains_range(first, middle):
-                low = middle
-            else:
-                high = middle - 1
-        yield first, low - first
-        position = low
+        position = _end_of_run(blocks, first)
+        yield first, position - first
+
+
+def _end_of_run(blocks: BitMap64, position: int) -> int:
+    """The first number from `position` on that is no member. Costs the logarithm of its distance within a container,
+    and so much again for each whole one."""
+    while True:
+        # Never across containers: CRoaring's 64-bit contains_range (5.2) passes over one that is missing in between.
+        end = position - position % _CONTAINER + _CONTAINER
+        step = 1
+        while position < end and blocks.contains_range(position, min(position + step, end)):
+            position, step = min(position + step, end), 2 * step
+        if position == end:
+            continue
+        while step > 1:
+            step //= 2
+            if position + step <= end and blocks.contains_range(position, position + step):
+                position += step
+        return position
 
 
 def extents(blocks: BitMap64, size: int) -> list[tuple[int, int]]:

@@ -84,6 +84,12 @@ class Generations:
                 return _point_of(record)
         return None
 
+    def was_committed(self, name: str) -> bool:
+        """Whether `name`, by which some file goes, is a commit id that became a generation."""
+        with contextlib.suppress(ValueError):
+            return self.committed(bytes.fromhex(name)) is not None
+        return False
+
     def next(self, commit_id: bytes, size: int) -> Point:
         """The point that a commit now would make."""
         return Point(self.last_number + 1, commit_id, size, _now_us())

@@ -124,6 +124,8 @@ async def _demote(replica: Replica, keep_changes: bool) -> Point:
         await in_thread(_refuse_in_use, replica.name, image)
         size = newest.size
         try:
+            # Work is read over the image alone: what the last commit has put off comes first.
+            await replica.complete()
             # What an attempt before this one has left must not become part of anything.
             await store.discard_work()
             if keep_changes:

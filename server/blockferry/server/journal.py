@@ -21,6 +21,7 @@ holds every block that its successor changes, so readers of older generations ne
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import Callable
@@ -52,6 +53,7 @@ class JournalContent(Content):
         super().__init__(directory, generations)
         self._limit = limit
         self._gate = Gate()
+        self._opening = asyncio.Lock()
         self._base: ImageVolume | None = None
         self._work: Delta | None = None
         self._redo: Delta | None = None
@@ -83,10 +85,16 @@ class JournalContent(Content):
     # --- opening --------------------------------------------------------------------------------------------------
 
     def recover(self) -> None:
-        self._take_over_images()
+        try:
+            self._recover()
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _recover(self) -> None:
         newest, older = self.generations.newest, self.generations.points[:-1]
-        for path in sorted(self.directory.glob("*" + REDO)) + sorted(self.directory.glob("*" + REDO + ".index")):
-            self._settle_redo(path, newest)
+        self._settle_images(newest)
+        self._settle_redos(newest)
         for path in self.directory.glob("*" + REDO):
             if not index_of(path).exists():
                 # Data without an index was never made durable, or was applied: it means nothing.
@@ -105,26 +113,33 @@ class JournalContent(Content):
         for point in older:
             self._open_undo(point)
 
-    def _take_over_images(self) -> None:
-        """What a pool of clones, or an update in place, has left on a file system that cannot clone."""
-        if self.image.exists():
-            return
-        newest = self.generations.newest
-        for path in (self._named(newest, IMAGE) if newest else None, self.directory / ("work" + IMAGE)):
-            if path is not None and path.exists():
+    def _settle_images(self, newest: Point | None) -> None:
+        """What a pool of clones, or an update in place, has left on a file system that cannot clone: the newest
+        generation becomes the one image, older ones stay what they are, and all else is work of no use here. Without a
+        generation that work is the first sync's."""
+        if newest is not None and self._whole(newest) and not self.image.exists():
+            rename_durably(self._named(newest, IMAGE), self.image)
+        known = {self._named(point, IMAGE) for point in self.generations.points} | {self.promoted}
+        for path in sorted(set(self.directory.glob("*" + IMAGE)) - known, reverse=True):
+            if newest is None and not self.image.exists():
                 rename_durably(path, self.image)
-                break
+            else:
+                disk.unlink(path)
 
-    def _settle_redo(self, path: Path, newest: Point | None) -> None:
-        """A redo that no record names was on its way: it is work again. One of an older generation was applied."""
-        commit_id = path.name.split(".")[0]
-        if commit_id == "work" or (newest is not None and commit_id == newest.commit_id.hex()):
-            return
-        if self.generations.committed(bytes.fromhex(commit_id)) is not None:
-            disk.unlink(path)
-        else:
-            disk.rename(path, path.with_name(path.name.replace(commit_id, "work", 1)))
-        disk.crash_point("start-redo-settled")
+    def _settle_redos(self, newest: Point | None) -> None:
+        """A redo that no record names was on its way: it is work again, unless other work has begun since. One of an
+        older generation was applied."""
+        known = {"work"} if newest is None else {"work", newest.commit_id.hex()}
+        for name in sorted({path.name.split(".")[0] for path in self.directory.glob("*" + REDO + "*")} - known):
+            redo = self.directory / (name + REDO)
+            if self.generations.was_committed(name) or (self.work.exists() and index_of(self.work).exists()):
+                Delta.remove(redo)
+            else:
+                # Dying between two renames leaves one of each.
+                for path, target in ((redo, self.work), (index_of(redo), index_of(self.work))):
+                    if path.exists():
+                        disk.rename(path, target)
+            disk.crash_point("start-redo-settled")
 
     def _open_undo(self, point: Point) -> None:
         if self._whole(point):
@@ -132,6 +147,8 @@ class JournalContent(Content):
         try:
             self._undo[point.commit_id] = Delta.open(self._named(point, UNDO))
         except BlockferryError as error:
+            if error.code is not Code.CORRUPT_STATE:
+                raise
             # One that is damaged hides none of the newer ones.
             self._broken[point.commit_id] = error.cause
 
@@ -159,9 +176,10 @@ class JournalContent(Content):
             base.let_go()
 
     async def _opened_base(self) -> ImageVolume:
-        if self._base is None:
-            self._base = await ImageVolume.open(self.image, writable=True)
-        return self._base
+        async with self._opening:
+            if self._base is None:
+                self._base = await ImageVolume.open(self.image, writable=True)
+            return self._base
 
     # --- a session's work -----------------------------------------------------------------------------------------
 
@@ -179,6 +197,7 @@ class JournalContent(Content):
             # Nothing is committed yet, so there is nothing to lose: the first sync writes in place.
             continued = await in_thread(self._make_image, size)
             return await ImageVolume.open(self.image, writable=True), continued
+        assert self._redo is None, "work is read over the image alone"
         continued = await in_thread(self._open_work, size)
         top, base = self._work, await self._opened_base()
         assert top is not None
@@ -225,7 +244,8 @@ class JournalContent(Content):
             await in_thread(disk.unlink, self.image)
         else:
             await in_thread(Delta.remove, self.work)
-            if self._reservations:
+            if self._reservations and self._redo is None:
+                # While a redo is applied what it needs is not in use yet; `complete` sees to the rest.
                 await (await self._opened_base()).release()
                 self._reservations = 0
         disk.crash_point("discard-removed")
@@ -312,13 +332,8 @@ class JournalContent(Content):
     async def drop(self, point: Point, record: Callable[[], None]) -> None:
         undo = self._undo.get(point.commit_id)
         before = [one for one in self.generations.points if one.number < point.number]
-        older = self._undo.get(before[-1].commit_id) if before else None
-        if older is not None and undo is not None:
-            await copying.merge(undo, older)
-        elif older is not None and not self._whole(point):
-            # What the older one needs of this one is damaged. It must never be read without it.
-            self._broken[before[-1].commit_id] = f"those of generation {point.number}, which it needs, were damaged"
-            await in_thread(remove_durably, index_of(older.path))
+        if before and not self._whole(before[-1]):
+            await self._hand_down(point, before[-1])
         await in_thread(record)
         disk.crash_point("drop-recorded")
         async with self._gate.closed():
@@ -330,12 +345,34 @@ class JournalContent(Content):
         await in_thread(disk.unlink, self._named(point, IMAGE))
         disk.crash_point("drop-image-removed")
 
+    async def _hand_down(self, point: Point, older: Point) -> None:
+        """Give `older` what it needs of the next newer `point`, which is about to go."""
+        undo, theirs = self._undo.get(point.commit_id), self._undo.get(older.commit_id)
+        if undo is not None and theirs is not None:
+            await copying.merge(undo, theirs)
+            return
+        # One of them is damaged. The older one, and what is older still, must never be read without it.
+        await in_thread(remove_durably, index_of(self._named(older, UNDO)))
+        async with self._gate.closed():
+            cause = f"those of generation {point.number}, which it needs, were damaged"
+            self._broken.setdefault(older.commit_id, cause)
+            self._undo.pop(older.commit_id, None)
+            if theirs is not None:
+                theirs.close()
+
     # --- committed generations ------------------------------------------------------------------------------------
 
     def _layers(self, point: Point) -> list[Delta]:
         """What is read over the image for a generation, in this order."""
         if point == self.generations.newest:
             return [self._redo] if self._redo is not None else []
+        if self.generations.point(point.number) != point:
+            raise BlockferryError(
+                Code.NOT_FOUND,
+                f"generation {point.number} of {self.directory.name} was dropped",
+                cause="retention let go of it while its reading began",
+                next="read a newer one",
+            )
         newer = [one for one in self.generations.points[:-1] if one.number >= point.number]
         with contextlib.suppress(KeyError):
             return [self._undo[one.commit_id] for one in newer]

@@ -458,7 +458,9 @@ class Replica:
     async def believe_the_disk(self) -> None:
         """Take the state from the disk after a failure; the caller has closed the gate."""
         try:
-            await self.store.reload()
+            # A commit may still be completed in the background, and would read from what is closed here.
+            async with self._completing:
+                await self.store.reload()
         except (OSError, BlockferryError) as error:
             # What was believed so far is all there is to go by; whatever needs the disk will fail again.
             log.error("cannot read a replica back", volume=self.name, error=str(error))

@@ -40,5 +40,5 @@ def unseal(magic: bytes, kind: type[H], data: bytes) -> tuple[H, bytes] | None:
     end = start + int.from_bytes(content[MAGIC_SIZE:start], "little")
     try:
         return msgspec.json.decode(content[start:end], type=kind), content[end:]
-    except msgspec.MsgspecError:
+    except (UnicodeDecodeError, msgspec.MsgspecError):
         return None

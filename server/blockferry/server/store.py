@@ -108,6 +108,10 @@ class Store:
         self.generations = Generations(directory / _LOG)
         try:
             self.session = self._read_session()
+            if self.identity.format < FORMAT:
+                # Before anything is written that an older server would take for damage.
+                self.identity = msgspec.structs.replace(self.identity, format=FORMAT)
+                write_atomic(directory / _IDENTITY, msgspec.json.encode(self.identity))
             if self.session.epoch == 0:
                 # Its name may be in memory only, whoever gave it: durable before anybody has a session.
                 disk.fsync_directory(directory.parent)

@@ -116,7 +116,7 @@ class Volume(abc.ABC):
         return
 
     async def release(self) -> None:
-        """Give back what was reserved and not written."""
+        """Give back what was reserved and not written. Nobody may write meanwhile."""
         return
 
     @abc.abstractmethod
