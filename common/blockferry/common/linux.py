@@ -28,6 +28,11 @@ _FICLONE = 0x40049409
 _libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
+_AT_EMPTY_PATH = 0x1000
+_STATX_BTIME = 0x800
+_STATX = struct.Struct("=I76xqI164x")
+"""struct statx: stx_mask first, stx_btime at byte 80; 256 bytes in all (linux/stat.h)."""
+
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _MMAP_THRESHOLD = 32 * 1024 * 1024
@@ -75,6 +80,16 @@ def occupy_standard_descriptors() -> None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
+def birth_ns(fd: int) -> int:
+    """When a file was made, in nanoseconds since 1970, which nobody can set (statx(2)); 0 where it is not known."""
+    statx = getattr(_libc, "statx", None)
+    buffer = ctypes.create_string_buffer(_STATX.size)
+    if statx is None or statx(fd, b"", _AT_EMPTY_PATH, _STATX_BTIME, buffer) != 0:
+        return 0
+    mask, seconds, nanoseconds = _STATX.unpack(buffer.raw)
+    return int(seconds) * 10**9 + int(nanoseconds) if mask & _STATX_BTIME else 0
+
+
 def reflink(source_fd: int, target_fd: int) -> None:
     """Make the target share all extents of the source (FICLONE); raise OSError where the file system cannot."""
     fcntl.ioctl(target_fd, _FICLONE, source_fd)
@@ -83,17 +98,22 @@ def reflink(source_fd: int, target_fd: int) -> None:
 _FS_IOC_FIEMAP = 0xC020660B
 _FIEMAP_HEADER = struct.Struct("=QQIIII")
 _FIEMAP_EXTENT = struct.Struct("=QQQQQIIII")
+_FIEMAP_FLAG_SYNC = 0x0001
 _FIEMAP_LAST = 0x0001
+UNPLACED = 0x0002 | 0x0004 | 0x0200
+"""Flags of extents without a place of their own on the disk yet, or at all: unknown, delayed allocation, inline."""
 _FIEMAP_SHARED = 0x2000
 _FIEMAP_BATCH = 512
 
 
-def extents(fd: int) -> Iterator[tuple[int, int, int, int]]:
-    """(logical, physical, length, flags) of every extent of a file, by FIEMAP; raise OSError where it is unknown."""
+def extents(fd: int, *, settled: bool = False) -> Iterator[tuple[int, int, int, int]]:
+    """(logical, physical, length, flags) of every extent of a file, by FIEMAP; raise OSError where it is unknown.
+    `settled`: the kernel writes out what is dirty first."""
+    flags = _FIEMAP_FLAG_SYNC if settled else 0
     buffer = bytearray(_FIEMAP_HEADER.size + _FIEMAP_BATCH * _FIEMAP_EXTENT.size)
     start = 0
     while True:
-        _FIEMAP_HEADER.pack_into(buffer, 0, start, (1 << 64) - 1 - start, 0, 0, _FIEMAP_BATCH, 0)
+        _FIEMAP_HEADER.pack_into(buffer, 0, start, (1 << 64) - 1 - start, flags, 0, _FIEMAP_BATCH, 0)
         fcntl.ioctl(fd, _FS_IOC_FIEMAP, buffer)
         mapped = _FIEMAP_HEADER.unpack_from(buffer)[3]
         for index in range(mapped):

@@ -25,53 +25,61 @@ _sym_db = _symbol_database.Default()
 from blockferry.v1 import replication_pb2 as blockferry_dot_v1_dot_replication__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62lockferry/v1/replicas.proto\x12\rblockferry.v1\x1a\x1f\x62lockferry/v1/replication.proto\"\x96\x02\n\x07Replica\x12\x0e\n\x06volume\x18\x01 \x01(\t\x12\x14\n\x0creplica_uuid\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x13\n\x0bregion_size\x18\x04 \x01(\r\x12*\n\x05state\x18\x05 \x01(\x0e\x32\x1b.blockferry.v1.ReplicaState\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x11\n\tcommit_id\x18\x07 \x01(\x0c\x12\x17\n\x0f\x63ommitted_at_us\x18\x08 \x01(\x03\x12\x12\n\nbytes_held\x18\t \x01(\x04\x12\x0c\n\x04path\x18\n \x01(\t\x12\x0e\n\x06unsafe\x18\x0b \x01(\x08\x12\x16\n\x0esession_client\x18\x0c \x01(\t\x12\x0c\n\x04pool\x18\r \x01(\t\"\x15\n\x13ListReplicasRequest\"@\n\x14ListReplicasResponse\x12(\n\x08replicas\x18\x01 \x03(\x0b\x32\x16.blockferry.v1.Replica\"#\n\x11GetReplicaRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\"=\n\x12GetReplicaResponse\x12\'\n\x07replica\x18\x01 \x01(\x0b\x32\x16.blockferry.v1.Replica\"+\n\tReadRange\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x04\"f\n\x12ReadRegionsRequest\x12&\n\x05point\x18\x01 \x01(\x0b\x32\x17.blockferry.v1.PointRef\x12(\n\x06ranges\x18\x02 \x03(\x0b\x32\x18.blockferry.v1.ReadRange\"B\n\x13ReadRegionsResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05zeros\x18\x03 \x01(\x04\"\x9d\x01\n\rRecoveryPoint\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x11\n\tcommit_id\x18\x02 \x01(\x0c\x12\x17\n\x0f\x63ommitted_at_us\x18\x03 \x01(\x03\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\x12\n\nbytes_held\x18\x05 \x01(\x04\x12\x0c\n\x04path\x18\x06 \x01(\t\x12\x0f\n\x07kept_by\x18\x07 \x03(\t\x12\x0f\n\x07problem\x18\x08 \x01(\t\"+\n\x19ListRecoveryPointsRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\"J\n\x1aListRecoveryPointsResponse\x12,\n\x06points\x18\x01 \x03(\x0b\x32\x1c.blockferry.v1.RecoveryPoint\">\n\x14VerifyReplicaRequest\x12&\n\x05point\x18\x01 \x01(\x0b\x32\x17.blockferry.v1.PointRef\"\x84\x01\n\x15VerifyReplicaResponse\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12(\n\x06rotten\x18\x03 \x03(\x0b\x32\x18.blockferry.v1.ReadRange\x12\x18\n\x10\x62ytes_unrecorded\x18\x04 \x01(\x04\"P\n\x15PromoteReplicaRequest\x12&\n\x05point\x18\x01 \x01(\x0b\x32\x17.blockferry.v1.PointRef\x12\x0f\n\x07\x63onfirm\x18\x02 \x01(\t\"9\n\x16PromoteReplicaResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x11\n\tcommit_id\x18\x02 \x01(\x0c\"M\n\x14\x44\x65moteReplicaRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\x12\x14\n\x0ckeep_changes\x18\x02 \x01(\x08\x12\x0f\n\x07\x63onfirm\x18\x03 \x01(\t\">\n\x15\x44\x65moteReplicaResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x11\n\tcommit_id\x18\x02 \x01(\x0c\"7\n\x14\x44\x65leteReplicaRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\x12\x0f\n\x07\x63onfirm\x18\x02 \x01(\t\"\x17\n\x15\x44\x65leteReplicaResponse*\xb7\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13REPLICA_STATE_EMPTY\x10\x01\x12\x19\n\x15REPLICA_STATE_SYNCING\x10\x02\x12\x1c\n\x18REPLICA_STATE_CONSISTENT\x10\x03\x12\x1a\n\x16REPLICA_STATE_UPDATING\x10\x04\x12\x1a\n\x16REPLICA_STATE_PROMOTED\x10\x05\x32\xee\x05\n\x08Replicas\x12W\n\x0cListReplicas\x12\".blockferry.v1.ListReplicasRequest\x1a#.blockferry.v1.ListReplicasResponse\x12Q\n\nGetReplica\x12 .blockferry.v1.GetReplicaRequest\x1a!.blockferry.v1.GetReplicaResponse\x12V\n\x0bReadRegions\x12!.blockferry.v1.ReadRegionsRequest\x1a\".blockferry.v1.ReadRegionsResponse0\x01\x12i\n\x12ListRecoveryPoints\x12(.blockferry.v1.ListRecoveryPointsRequest\x1a).blockferry.v1.ListRecoveryPointsResponse\x12\\\n\rVerifyReplica\x12#.blockferry.v1.VerifyReplicaRequest\x1a$.blockferry.v1.VerifyReplicaResponse0\x01\x12]\n\x0ePromoteReplica\x12$.blockferry.v1.PromoteReplicaRequest\x1a%.blockferry.v1.PromoteReplicaResponse\x12Z\n\rDemoteReplica\x12#.blockferry.v1.DemoteReplicaRequest\x1a$.blockferry.v1.DemoteReplicaResponse\x12Z\n\rDeleteReplica\x12#.blockferry.v1.DeleteReplicaRequest\x1a$.blockferry.v1.DeleteReplicaResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62lockferry/v1/replicas.proto\x12\rblockferry.v1\x1a\x1f\x62lockferry/v1/replication.proto\"\xcb\x02\n\x07Replica\x12\x0e\n\x06volume\x18\x01 \x01(\t\x12\x14\n\x0creplica_uuid\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x13\n\x0bregion_size\x18\x04 \x01(\r\x12*\n\x05state\x18\x05 \x01(\x0e\x32\x1b.blockferry.v1.ReplicaState\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x11\n\tcommit_id\x18\x07 \x01(\x0c\x12\x17\n\x0f\x63ommitted_at_us\x18\x08 \x01(\x03\x12\x12\n\nbytes_held\x18\t \x01(\x04\x12\x0c\n\x04path\x18\n \x01(\t\x12\x0e\n\x06unsafe\x18\x0b \x01(\x08\x12\x16\n\x0esession_client\x18\x0c \x01(\t\x12\x0c\n\x04pool\x18\r \x01(\t\x12#\n\x05scrub\x18\x0e \x01(\x0b\x32\x14.blockferry.v1.Scrub\x12\x0e\n\x06notice\x18\x0f \x01(\t\"t\n\x05Scrub\x12\r\n\x05\x61t_us\x18\x01 \x01(\x03\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12(\n\x06rotten\x18\x04 \x03(\x0b\x32\x18.blockferry.v1.ReadRange\x12\x0f\n\x07problem\x18\x05 \x01(\t\"\xb4\x01\n\x04Pool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05total\x18\x04 \x01(\x04\x12\x0c\n\x04\x66ree\x18\x05 \x01(\x04\x12\x0f\n\x07reserve\x18\x06 \x01(\x04\x12\r\n\x05quota\x18\x07 \x01(\x04\x12\x10\n\x08replicas\x18\x08 \x01(\r\x12\x12\n\nbytes_held\x18\t \x01(\x04\x12\x0f\n\x07problem\x18\n \x01(\t\x12\x0e\n\x06notice\x18\x0b \x01(\t\"\x12\n\x10ListPoolsRequest\"7\n\x11ListPoolsResponse\x12\"\n\x05pools\x18\x01 \x03(\x0b\x32\x13.blockferry.v1.Pool\"\x15\n\x13ListReplicasRequest\"@\n\x14ListReplicasResponse\x12(\n\x08replicas\x18\x01 \x03(\x0b\x32\x16.blockferry.v1.Replica\"#\n\x11GetReplicaRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\"=\n\x12GetReplicaResponse\x12\'\n\x07replica\x18\x01 \x01(\x0b\x32\x16.blockferry.v1.Replica\"+\n\tReadRange\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x04\"f\n\x12ReadRegionsRequest\x12&\n\x05point\x18\x01 \x01(\x0b\x32\x17.blockferry.v1.PointRef\x12(\n\x06ranges\x18\x02 \x03(\x0b\x32\x18.blockferry.v1.ReadRange\"B\n\x13ReadRegionsResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05zeros\x18\x03 \x01(\x04\"\x9d\x01\n\rRecoveryPoint\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x11\n\tcommit_id\x18\x02 \x01(\x0c\x12\x17\n\x0f\x63ommitted_at_us\x18\x03 \x01(\x03\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\x12\n\nbytes_held\x18\x05 \x01(\x04\x12\x0c\n\x04path\x18\x06 \x01(\t\x12\x0f\n\x07kept_by\x18\x07 \x03(\t\x12\x0f\n\x07problem\x18\x08 \x01(\t\"+\n\x19ListRecoveryPointsRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\"J\n\x1aListRecoveryPointsResponse\x12,\n\x06points\x18\x01 \x03(\x0b\x32\x1c.blockferry.v1.RecoveryPoint\">\n\x14VerifyReplicaRequest\x12&\n\x05point\x18\x01 \x01(\x0b\x32\x17.blockferry.v1.PointRef\"\x84\x01\n\x15VerifyReplicaResponse\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12(\n\x06rotten\x18\x03 \x03(\x0b\x32\x18.blockferry.v1.ReadRange\x12\x18\n\x10\x62ytes_unrecorded\x18\x04 \x01(\x04\"P\n\x15PromoteReplicaRequest\x12&\n\x05point\x18\x01 \x01(\x0b\x32\x17.blockferry.v1.PointRef\x12\x0f\n\x07\x63onfirm\x18\x02 \x01(\t\"9\n\x16PromoteReplicaResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x11\n\tcommit_id\x18\x02 \x01(\x0c\"M\n\x14\x44\x65moteReplicaRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\x12\x14\n\x0ckeep_changes\x18\x02 \x01(\x08\x12\x0f\n\x07\x63onfirm\x18\x03 \x01(\t\">\n\x15\x44\x65moteReplicaResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x11\n\tcommit_id\x18\x02 \x01(\x0c\"7\n\x14\x44\x65leteReplicaRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\x12\x0f\n\x07\x63onfirm\x18\x02 \x01(\t\"\x17\n\x15\x44\x65leteReplicaResponse*\xb7\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13REPLICA_STATE_EMPTY\x10\x01\x12\x19\n\x15REPLICA_STATE_SYNCING\x10\x02\x12\x1c\n\x18REPLICA_STATE_CONSISTENT\x10\x03\x12\x1a\n\x16REPLICA_STATE_UPDATING\x10\x04\x12\x1a\n\x16REPLICA_STATE_PROMOTED\x10\x05\x32\xbe\x06\n\x08Replicas\x12W\n\x0cListReplicas\x12\".blockferry.v1.ListReplicasRequest\x1a#.blockferry.v1.ListReplicasResponse\x12Q\n\nGetReplica\x12 .blockferry.v1.GetReplicaRequest\x1a!.blockferry.v1.GetReplicaResponse\x12N\n\tListPools\x12\x1f.blockferry.v1.ListPoolsRequest\x1a .blockferry.v1.ListPoolsResponse\x12V\n\x0bReadRegions\x12!.blockferry.v1.ReadRegionsRequest\x1a\".blockferry.v1.ReadRegionsResponse0\x01\x12i\n\x12ListRecoveryPoints\x12(.blockferry.v1.ListRecoveryPointsRequest\x1a).blockferry.v1.ListRecoveryPointsResponse\x12\\\n\rVerifyReplica\x12#.blockferry.v1.VerifyReplicaRequest\x1a$.blockferry.v1.VerifyReplicaResponse0\x01\x12]\n\x0ePromoteReplica\x12$.blockferry.v1.PromoteReplicaRequest\x1a%.blockferry.v1.PromoteReplicaResponse\x12Z\n\rDemoteReplica\x12#.blockferry.v1.DemoteReplicaRequest\x1a$.blockferry.v1.DemoteReplicaResponse\x12Z\n\rDeleteReplica\x12#.blockferry.v1.DeleteReplicaRequest\x1a$.blockferry.v1.DeleteReplicaResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'blockferry.v1.replicas_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICASTATE']._serialized_start=1614
-  _globals['_REPLICASTATE']._serialized_end=1797
+  _globals['_REPLICASTATE']._serialized_start=2045
+  _globals['_REPLICASTATE']._serialized_end=2228
   _globals['_REPLICA']._serialized_start=81
-  _globals['_REPLICA']._serialized_end=359
-  _globals['_LISTREPLICASREQUEST']._serialized_start=361
-  _globals['_LISTREPLICASREQUEST']._serialized_end=382
-  _globals['_LISTREPLICASRESPONSE']._serialized_start=384
-  _globals['_LISTREPLICASRESPONSE']._serialized_end=448
-  _globals['_GETREPLICAREQUEST']._serialized_start=450
-  _globals['_GETREPLICAREQUEST']._serialized_end=485
-  _globals['_GETREPLICARESPONSE']._serialized_start=487
-  _globals['_GETREPLICARESPONSE']._serialized_end=548
-  _globals['_READRANGE']._serialized_start=550
-  _globals['_READRANGE']._serialized_end=593
-  _globals['_READREGIONSREQUEST']._serialized_start=595
-  _globals['_READREGIONSREQUEST']._serialized_end=697
-  _globals['_READREGIONSRESPONSE']._serialized_start=699
-  _globals['_READREGIONSRESPONSE']._serialized_end=765
-  _globals['_RECOVERYPOINT']._serialized_start=768
-  _globals['_RECOVERYPOINT']._serialized_end=925
-  _globals['_LISTRECOVERYPOINTSREQUEST']._serialized_start=927
-  _globals['_LISTRECOVERYPOINTSREQUEST']._serialized_end=970
-  _globals['_LISTRECOVERYPOINTSRESPONSE']._serialized_start=972
-  _globals['_LISTRECOVERYPOINTSRESPONSE']._serialized_end=1046
-  _globals['_VERIFYREPLICAREQUEST']._serialized_start=1048
-  _globals['_VERIFYREPLICAREQUEST']._serialized_end=1110
-  _globals['_VERIFYREPLICARESPONSE']._serialized_start=1113
-  _globals['_VERIFYREPLICARESPONSE']._serialized_end=1245
-  _globals['_PROMOTEREPLICAREQUEST']._serialized_start=1247
-  _globals['_PROMOTEREPLICAREQUEST']._serialized_end=1327
-  _globals['_PROMOTEREPLICARESPONSE']._serialized_start=1329
-  _globals['_PROMOTEREPLICARESPONSE']._serialized_end=1386
-  _globals['_DEMOTEREPLICAREQUEST']._serialized_start=1388
-  _globals['_DEMOTEREPLICAREQUEST']._serialized_end=1465
-  _globals['_DEMOTEREPLICARESPONSE']._serialized_start=1467
-  _globals['_DEMOTEREPLICARESPONSE']._serialized_end=1529
-  _globals['_DELETEREPLICAREQUEST']._serialized_start=1531
-  _globals['_DELETEREPLICAREQUEST']._serialized_end=1586
-  _globals['_DELETEREPLICARESPONSE']._serialized_start=1588
-  _globals['_DELETEREPLICARESPONSE']._serialized_end=1611
-  _globals['_REPLICAS']._serialized_start=1800
-  _globals['_REPLICAS']._serialized_end=2550
+  _globals['_REPLICA']._serialized_end=412
+  _globals['_SCRUB']._serialized_start=414
+  _globals['_SCRUB']._serialized_end=530
+  _globals['_POOL']._serialized_start=533
+  _globals['_POOL']._serialized_end=713
+  _globals['_LISTPOOLSREQUEST']._serialized_start=715
+  _globals['_LISTPOOLSREQUEST']._serialized_end=733
+  _globals['_LISTPOOLSRESPONSE']._serialized_start=735
+  _globals['_LISTPOOLSRESPONSE']._serialized_end=790
+  _globals['_LISTREPLICASREQUEST']._serialized_start=792
+  _globals['_LISTREPLICASREQUEST']._serialized_end=813
+  _globals['_LISTREPLICASRESPONSE']._serialized_start=815
+  _globals['_LISTREPLICASRESPONSE']._serialized_end=879
+  _globals['_GETREPLICAREQUEST']._serialized_start=881
+  _globals['_GETREPLICAREQUEST']._serialized_end=916
+  _globals['_GETREPLICARESPONSE']._serialized_start=918
+  _globals['_GETREPLICARESPONSE']._serialized_end=979
+  _globals['_READRANGE']._serialized_start=981
+  _globals['_READRANGE']._serialized_end=1024
+  _globals['_READREGIONSREQUEST']._serialized_start=1026
+  _globals['_READREGIONSREQUEST']._serialized_end=1128
+  _globals['_READREGIONSRESPONSE']._serialized_start=1130
+  _globals['_READREGIONSRESPONSE']._serialized_end=1196
+  _globals['_RECOVERYPOINT']._serialized_start=1199
+  _globals['_RECOVERYPOINT']._serialized_end=1356
+  _globals['_LISTRECOVERYPOINTSREQUEST']._serialized_start=1358
+  _globals['_LISTRECOVERYPOINTSREQUEST']._serialized_end=1401
+  _globals['_LISTRECOVERYPOINTSRESPONSE']._serialized_start=1403
+  _globals['_LISTRECOVERYPOINTSRESPONSE']._serialized_end=1477
+  _globals['_VERIFYREPLICAREQUEST']._serialized_start=1479
+  _globals['_VERIFYREPLICAREQUEST']._serialized_end=1541
+  _globals['_VERIFYREPLICARESPONSE']._serialized_start=1544
+  _globals['_VERIFYREPLICARESPONSE']._serialized_end=1676
+  _globals['_PROMOTEREPLICAREQUEST']._serialized_start=1678
+  _globals['_PROMOTEREPLICAREQUEST']._serialized_end=1758
+  _globals['_PROMOTEREPLICARESPONSE']._serialized_start=1760
+  _globals['_PROMOTEREPLICARESPONSE']._serialized_end=1817
+  _globals['_DEMOTEREPLICAREQUEST']._serialized_start=1819
+  _globals['_DEMOTEREPLICAREQUEST']._serialized_end=1896
+  _globals['_DEMOTEREPLICARESPONSE']._serialized_start=1898
+  _globals['_DEMOTEREPLICARESPONSE']._serialized_end=1960
+  _globals['_DELETEREPLICAREQUEST']._serialized_start=1962
+  _globals['_DELETEREPLICAREQUEST']._serialized_end=2017
+  _globals['_DELETEREPLICARESPONSE']._serialized_start=2019
+  _globals['_DELETEREPLICARESPONSE']._serialized_end=2042
+  _globals['_REPLICAS']._serialized_start=2231
+  _globals['_REPLICAS']._serialized_end=3061
 # @@protoc_insertion_point(module_scope)

@@ -20,7 +20,9 @@ from blockferry.common.volumes import ImageVolume, Volume, in_thread
 from blockferry.server import apply
 from blockferry.server.cache import DigestCache
 from blockferry.server.gate import Gate
+from blockferry.server.room import ReplicaRoom, Room
 from blockferry.server.session import Event, State, state_at_rest, transition
+from blockferry.server.space import UNLIMITED
 from blockferry.server.store import Point, SessionRecord, Store
 from blockferry.v1 import replication_pb2 as pb
 from pyroaring import BitMap
@@ -75,7 +77,9 @@ class Session:
 class Replica:
     """One replica of a pool. Its methods may be called concurrently."""
 
-    def __init__(self, name: str, pool: str, store: Store, lease: float, floor: Retention) -> None:
+    def __init__(
+        self, name: str, pool: str, store: Store, lease: float, floor: Retention, room: ReplicaRoom | None = None
+    ) -> None:
         self.name = name
         self.pool = pool
         self.store = store
@@ -83,6 +87,7 @@ class Replica:
         self.lease_seconds = lease
         """Seconds without a call after which a session may be taken over."""
         self._floor = floor
+        self._room = room or ReplicaRoom(Room(pool, store.directory, UNLIMITED), name, store.directory)
         self._gate = Gate()
         self._pins: dict[int, float] = {}
         self._readers: dict[int, int] = {}
@@ -127,6 +132,7 @@ class Replica:
         async with self._gate.closed():
             self._refuse_if_held(request)
             self._refuse_other_geometry(request)
+            await self._room.check_start()
             self._refuse_overwriting(request)
             state = transition(self.name, self.state, Event.OPEN)
             # From here on nobody begins to read what is about to be overwritten.
@@ -340,7 +346,7 @@ class Replica:
                 if session.allocated is not None:
                     session.allocated.add(region)
             try:
-                await self._survive(session, apply.write_regions(session.volume, self.store.identity.key, changes))
+                await self._survive(session, self._write(session, changes))
             finally:
                 for change in changes:
                     session.change(change.request.offset // session.geometry.region_size, 1)
@@ -353,6 +359,10 @@ class Replica:
                 elif session.snapshot_id:
                     session.settled.add(region)
             return [change.result for change in changes]
+
+    async def _write(self, session: Session, changes: Sequence[apply.Write]) -> None:
+        async with self._room.writing(sum(len(change.data) for change in changes)):
+            await apply.write_regions(session.volume, self.store.identity.key, changes)
 
     async def unmap_region(self, request: pb.UnmapRegionRequest, ref: pb.SessionRef) -> apply.Result:
         """Check and apply one change."""
@@ -401,6 +411,7 @@ class Replica:
                 crash_point("checkpoint-flushed")
                 if session.snapshot_id:
                     await in_thread(self.store.write_progress, session.snapshot_id, session.geometry.size, settled)
+                await self._room.check()
             except (OSError, BlockferryError) as error:
                 session.failed = _as_ours(error, f"cannot flush {self.name}")
                 raise session.failed from error

@@ -46,6 +46,8 @@ _SESSION = "session.json"
 _WORK = "work.img"
 _PROGRESS = "progress.json"
 _CLEAN = "clean.json"
+VOUCHERS = (_CLEAN, _PROGRESS)
+"""Files by which content is believed without reading it."""
 _IMAGE = ".img"
 _DIGESTS = ".digests"
 NEW_PREFIX = ".new-"
