@@ -89,7 +89,6 @@ def test_pools_on_xfs_and_on_ext4(xfs: Path, ext4: Path, serve: Sites, tmp_path:
     source = build(tmp_path / "source", 4 * MIB, [(0, noise(1, MIB))])
     server.sync(source, "first")
     server.sync(source, "second", "--pool", "bulk")
-    server.sync(source, "first", "--pool", "main")
     assert [server.show(name)["pool"] for name in ("first", "second")] == ["main", "bulk"]
     assert (xfs / "fast/first").is_dir() and (ext4 / "bulk/second").is_dir()
     assert server.image("second").read_bytes() == source.read_bytes()
@@ -114,7 +113,6 @@ def test_pools_on_xfs_and_on_ext4(xfs: Path, ext4: Path, serve: Sites, tmp_path:
     assert [line.split()[:3] for line in shown] == [
         ["POOL", "KIND", "REPLICAS"], ["main", "clones", "1"], ["bulk", "journal", "1"],
     ]  # fmt: skip
-    assert "pool        bulk" in run_cli("replica", "show", server.url("second")).stdout
 
     before = tree(xfs / "fast/first")
     other = ("sync", source, server.url("first"), "--pool", "bulk", "--json", "--quiet")
@@ -132,12 +130,10 @@ def test_pools_that_a_server_refuses(tmp_path: Path, serve: Sites) -> None:
         server = serve(path)
         server.sync(source, NAME)
         server.stop()
-    (one / "in").mkdir()
     line = refuses_to_start("--pool", f"a={one}", "--pool", f"b={other}")
     assert str(one / NAME) in line and str(other / NAME) in line and "move one" in line
-    assert "both are called main" in refuses_to_start("--pool", one, "--pool", other)
+    (one / "in").mkdir()
     assert "is inside" in refuses_to_start("--pool", f"a={one}", "--pool", f"b={one / 'in'}")
-    assert "same directory" in refuses_to_start("--pool", f"a={one}", "--pool", f"b={one}/.")
     # Nothing is left locked or broken.
     (other / NAME).rename(other / "vm2")
     server = serve(one, "--pool", f"b={other}")
@@ -153,7 +149,7 @@ def watched(path: Path) -> Iterator[list[int]]:
     found, over = [free(path)], threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.002):
+        while not over.wait(0.005):
             found.append(free(path))
 
     thread = threading.Thread(target=watch)
@@ -254,12 +250,10 @@ def test_a_plan_says_whether_it_fits(xfs: Path, ext4: Path, serve: Sites, tmp_pa
     assert not (xfs / "pool" / NAME).exists()
     bulk = ok("plan", source, server.url(NAME), "--pool", "bulk")["forecast"]
     assert (bulk["pool"], bulk["needed_max"], bulk["fits"]) == ("bulk", 2 * MIB, True)
-    refused(run_cli("plan", source, server.url(NAME), "--pool", "slow"), "there is no pool slow")
 
     server.sync(source, NAME)
     again = ok("plan", source, server.url(NAME))["forecast"]
     assert (again["held"], again["needed_max"], again["fits"]) == (server.show(NAME)["bytes_held"], 2 * MIB, False)
-    refused(run_cli("plan", source, server.url(NAME), "--pool", "bulk"), "vm is not in pool bulk")
     done = run_cli("plan", source, server.url(NAME))
     assert (done.status, done.stderr) == (0, "")
     line = done.stdout.splitlines()[-1]
@@ -275,7 +269,6 @@ def test_a_plan_says_whether_it_fits(xfs: Path, ext4: Path, serve: Sites, tmp_pa
     plain = serve(ext4 / "other")
     done = run_cli("plan", huge, plain.url("big"))
     assert done.status == 0 and "at most 200.0 MiB more on the disk: it MAY NOT FIT" in done.stdout
-    assert "it fits (pool main has " in run_cli("plan", source, plain.url("small")).stdout
 
 
 # --- scrubs -----------------------------------------------------------------------------------------------------------
@@ -299,7 +292,6 @@ def test_rot_is_found_on_schedule_and_repaired_by_the_next_sync(xfs: Path, serve
 
     until(lambda: bool(scrub()), "the first scrub is over")
     assert {**scrub(), "at": ""} == {"at": "", "generation": 1, "bytes": 4 * MIB, "rotten": [], "problem": None}
-    assert "4.0 MiB read, all sound" in run_cli("replica", "show", server.url(NAME)).stdout
 
     spoil(server.image(NAME), 2 * MIB + 7)
     until(lambda: bool(scrub().get("rotten")), "the rot is found")
@@ -373,14 +365,13 @@ def test_a_restored_pool_says_so_until_the_next_commit(xfs: Path, serve: Sites, 
     subprocess.run(["cp", "-a", xfs / "backup", xfs / "pool"], check=True)
     server.start()
     assert "restored from a backup or copied" in server.log.read_text()
-    for _ in range(2):
-        assert "generations newer than the backup are lost" in server.show(NAME)["notice"]
-        assert "2 of 2 replicas have not been synced since" in pools_of(server)["main"]["notice"]
-        # Until the next commit, and not until the next start.
-        server.stop()
-        server.start()
+    # Until the next commit, and not until the next start.
+    server.stop()
+    server.start()
+    assert "generations newer than the backup are lost" in server.show(NAME)["notice"]
     assert "NOTICE      its pool was restored" in run_cli("replica", "show", server.url(NAME)).stdout
-    assert "main: restored from a backup" in run_cli("pool", "list", server.address).stdout
+    shown = run_cli("pool", "list", server.address).stdout
+    assert "main: restored from a backup" in shown and "2 of 2 replicas have not been synced since" in shown
 
     done = run_cli("sync", changed, server.url(NAME))
     assert done.status == 0
@@ -394,20 +385,5 @@ def test_a_restored_pool_says_so_until_the_next_commit(xfs: Path, serve: Sites, 
     assert report["bytes"]["destination_read"] == 2 * MIB, "something vouched for content in a restored pool"
     assert report["warning"] is None, "that one has lost nothing"
     assert pools_of(server)["main"]["notice"] is None
-    assert server.sync(changed, NAME)["warning"] is None
-    assert server.sync(source, "other")["bytes"]["destination_read"] == 0
-
-
-def test_the_warning_is_in_the_report(xfs: Path, serve: Sites, tmp_path: Path) -> None:
-    source = build(tmp_path / "source", MIB, [(0, noise(1, MIB))])
-    server = serve(xfs / "pool")
-    server.sync(source, NAME)
-    server.stop()
-    subprocess.run(["cp", "-a", xfs / "pool", xfs / "backup"], check=True)
-    server.start()
-    server.sync(source, NAME)
-    server.stop()
-    copy = serve(xfs / "backup")
-    report = copy.sync(source, NAME)
-    assert (report["generation"], report["outcome"]) == (2, "committed")
-    assert "generation 2 had been committed from here" in report["warning"]
+    again = server.sync(changed, NAME)
+    assert (again["warning"], again["bytes"]["destination_read"]) == (None, 0)
