@@ -47,6 +47,8 @@ class Room:
 
     async def check(self, volume: str, what: str) -> None:
         """Raise OUT_OF_SPACE if less than the reserve is free."""
+        if self._unlimited:
+            return
         async with self._looking:
             found = await self._look(volume, what, 0)
             if found.free < found.reserve:
@@ -54,7 +56,7 @@ class Room:
 
     async def take(self, volume: str, what: str, amount: int) -> None:
         """Allow `amount` bytes to be written, or raise OUT_OF_SPACE; `done` afterwards."""
-        if self._allowance.take(amount):
+        if self._unlimited or self._allowance.take(amount):
             return
         async with self._looking:
             # Somebody may have looked while this one waited.
@@ -66,7 +68,13 @@ class Room:
 
     def done(self, amount: int) -> None:
         """What was taken is written, or given up."""
-        self._allowance.done(amount)
+        if not self._unlimited:
+            self._allowance.done(amount)
+
+    @property
+    def _unlimited(self) -> bool:
+        """Nothing is reserved: the disk itself says when it is full."""
+        return self.limits.reserve == 0
 
     async def _look(self, volume: str, what: str, wanted: int) -> Measured:
         under_way = self._allowance.pause()
