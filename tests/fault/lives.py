@@ -191,7 +191,7 @@ class World:
         self._mark(Opened(session.epoch))
         ref = pb.SessionRef(session_id=session.session_id, epoch=session.epoch)
         replica_uuid = bytes.fromhex(store.identity.uuid)
-        self.ledger.reconcile(replica_uuid, newest.commit_id if newest else b"")
+        self.ledger.reconcile(replica_uuid, newest.commit_id if newest else b"", newest.number if newest else 0)
         for region in sorted(set(range(stop_at)) - set(session.settled)):
             await self._bring(ref, region, SNAPSHOTS[snapshot])
             if region in (1, 3):
@@ -208,7 +208,7 @@ class World:
         except Killed as death:
             raise _AnswerLost(ref, commit_id, keep) from death
         self._mark(Answered(commit_id, keep))
-        self.ledger.confirm(record)
+        self.ledger.confirm(record, point.number)
         await replica.complete()
         return point
 

@@ -15,6 +15,7 @@ from blockferry.common.flow import ByteBudget
 from blockferry.common.retention import Retention
 from blockferry.server import pool as pool_module
 from blockferry.server.pool import Pool
+from blockferry.server.pools import Pools
 from blockferry.server.replica import Replica
 from blockferry.server.replicas import ReplicasService
 from blockferry.server.replication import ReplicationService
@@ -43,8 +44,9 @@ class Local:
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self.replication = ReplicationService(pool, 64 * 1024 * 1024)
-        self.replicas = ReplicasService(pool)
+        pools = Pools([pool])
+        self.replication = ReplicationService(pools, 64 * 1024 * 1024)
+        self.replicas = ReplicasService(pools)
 
     @classmethod
     async def start(

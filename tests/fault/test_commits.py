@@ -45,6 +45,11 @@ def ledger(state: Path, server: Server, volume: str) -> Report:
     return found
 
 
+def confirmed(record: dict[str, object], generation: int) -> dict[str, object]:
+    """What the ledger says once a commit is known to have made that generation."""
+    return {**record, "confirmed": True, "newest_id": record["commit_id"], "newest_generation": generation}
+
+
 def test_a_commit_id_is_minted_before_and_confirmed_after(server: Server, volume: str, tmp_path: Path) -> None:
     source = build(tmp_path / "source", 2 * MIB, [(0, noise(1, MIB))])
     state = tmp_path / "state"
@@ -64,7 +69,7 @@ def test_a_commit_id_is_minted_before_and_confirmed_after(server: Server, volume
 
     # The next run learns that it did happen before it does anything else. The first atomic file of a run is that.
     crash_at("atomic-before-rename:2", *words)
-    assert ledger(state, server, volume) == {**unconfirmed, "confirmed": True}
+    assert ledger(state, server, volume) == confirmed(unconfirmed, 1)
 
     report = ok(*words)
     assert ledger(state, server, volume) == {
@@ -128,7 +133,7 @@ def test_an_answer_that_stays_lost_is_learnt_from_the_replica(server: Server, vo
     last = ledger(state, server, volume)
     assert (shown["generation"], shown["commit_id"], last["confirmed"]) == (1, last["commit_id"], False)
     crash_at("atomic-before-rename:2", "sync", source, server.url(volume), "--state-dir", state)
-    assert ledger(state, server, volume) == {**last, "confirmed": True}
+    assert ledger(state, server, volume) == confirmed(last, 1)
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------

@@ -270,7 +270,8 @@ def small_pool(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def small_server(small_pool: Path, tmp_path: Path) -> Iterator[Server]:
-    server = Server(small_pool)
+    # Nothing is reserved: these tests are about a disk that really is full.
+    server = Server(small_pool, flags=("--reserve", "0"))
     server.log = tmp_path / "server.log"
     server.start()
     yield server

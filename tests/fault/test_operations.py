@@ -73,6 +73,7 @@ def point_digests(local: Local, _: pb.SessionRef) -> Awaitable[object]:
 CALLS: dict[tuple[str, str], Call] = {
     ("look", "GetReplica"): lambda local, _: local.show("v"),
     ("look", "ListReplicas"): lambda local, _: local.replicas.ListReplicas(replicas.ListReplicasRequest(), NO_CONTEXT),
+    ("look", "ListPools"): lambda local, _: local.replicas.ListPools(replicas.ListPoolsRequest(), NO_CONTEXT),
     ("look", "ListRecoveryPoints"): lambda local, _: local.points("v"),
     ("plan", "GetAllocationMap"): lambda local, _: drained(
         local.replication.GetAllocationMap(pb.GetAllocationMapRequest(point=POINT), NO_CONTEXT)

@@ -16,9 +16,10 @@ from blockferry.common import rpc
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import DEFAULT
 from blockferry.common.rpc import to_status
-from blockferry.server import changes, clones, content, journal, pool, store
+from blockferry.server import changes, clones, content, identity, journal, pool, scrub, scrubber, space, store
 from blockferry.server import main as server_main
 from blockferry.server.main import _arguments as server_arguments
+from blockferry.server.pools import PoolSpec
 from blockferry.v1 import replicas_pb2, replication_pb2
 
 from bench.peers import blockferry, script, serving
@@ -59,11 +60,14 @@ def test_commands_of_the_documents_are_commands() -> None:
     lines = {path.name: [line.split() for line in code_blocks(path)] for path in DOCUMENTS}
     clients = [words for found in lines.values() for words in found if words[:1] == ["blockferry"]]
     servers = [words for found in lines.values() for words in found if words[:1] == ["blockferry-server"]]
-    assert (len(clients), len(servers)) == (11, 1)
+    assert (len(clients), len(servers)) == (13, 2)
     for words in clients:
         build_parser().parse_args(words[1:])
-    for words in servers:
-        assert server_arguments(words[1:]).pool == Path("/srv/replicas")
+    named = {words[2]: server_arguments(words[1:]).pool for words in servers}
+    assert named == {
+        "/srv/replicas": [PoolSpec("main", Path("/srv/replicas"))],
+        "fast=/srv/nvme": [PoolSpec("fast", Path("/srv/nvme")), PoolSpec("bulk", Path("/srv/disks"))],
+    }
 
 
 def test_commands_in_the_text_are_commands() -> None:
@@ -74,7 +78,7 @@ def test_commands_in_the_text_are_commands() -> None:
     for words in complete:
         build_parser().parse_args(words[1:])
     known = re.findall(r"^    ([a-z]+) ", build_parser().format_help(), re.MULTILINE)
-    assert {"plan", "sync", "verify", "volume", "replica"} == set(known)
+    assert {"plan", "sync", "verify", "volume", "replica", "pool"} == set(known)
     assert {span.split()[1] for span in spans} <= set(known)
 
 
@@ -95,7 +99,7 @@ def run_help(program: str, *arguments: str) -> str:
 
 def test_every_flag_of_sync_is_in_the_readme() -> None:
     flags = set(re.findall(r"--[a-z][a-z-]*", run_help("blockferry", "sync"))) - {"--help"}
-    assert len(flags) == 9
+    assert len(flags) == 10
     assert {flag for flag in flags if flag not in README} == set()
 
 
@@ -122,8 +126,8 @@ def test_failback_is_the_line_of_the_readme(tmp_path: Path) -> None:
 def test_every_file_of_a_replica_is_described() -> None:
     """The names that store.py, pool.py and commits.py give to files."""
     names = {store._IDENTITY, store._LOG, store._SESSION, store._PROGRESS, store._CLEAN, pool._LOCK}
-    names |= {"work.img", "work.redo", journal._IMAGE, pool.SEEDS, content.PROMOTED}
-    assert len(names) == 11
+    names |= {"work.img", "work.redo", journal._IMAGE, pool.SEEDS, content.PROMOTED, scrub.NAME, identity.NAME}
+    assert len(names) == 13
     names |= {
         f"COMMIT-ID{clones.IMAGE}",
         f"COMMIT-ID{journal.REDO}",
@@ -167,6 +171,12 @@ def test_numbers_of_the_documents_are_those_of_the_code() -> None:
     assert f"for about {sum(replica.COMMIT_RETRY_SECONDS):.0f} seconds" in text
     noticed = 2 * rpc.KEEPALIVE_SECONDS, rpc.KEEPALIVE_SECONDS + rpc.PING_SECONDS
     assert "is given up after {} s, while data is under way after {} s".format(*noticed) in " ".join(PROTOCOL.split())
+    pools = " ".join((ROOT / "docs/pools.md").read_text().split())
+    gib = space.DEFAULT_RESERVE >> 30
+    share = space.DEFAULT_RESERVE_SHARE
+    assert f"The default is {gib}G, or {100 // share} % of a file system that is smaller than {gib * share}G" in pools
+    assert f"checkpoint (256 MiB or 5 s) and at least every {space.LOOK_BYTES // mib} MiB" in pools
+    assert f"at most {scrubber.SCRUB_RATE // mib} MiB/s. That is {scrubber.SCRUB_RATE * 86400 >> 40} TiB a day" in pools
     assert f"(at first `last={DEFAULT.last}`)" in " ".join(README.split())
 
 

@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from blockferry.client.cli.main import _parse_rate, _parse_region_size, build_parser, main, parse_size
+from blockferry.client.cli.main import _parse_rate, _parse_region_size, build_parser, main
+from blockferry.client.cli.pools import COMMANDS as POOL_COMMANDS
 from blockferry.client.cli.replicate import COMMANDS
+from blockferry.common.errors import BlockferryError
+from blockferry.common.units import parse_size
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -49,7 +52,7 @@ def test_sizes_are_binary(text: str, size: int) -> None:
     ],
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError):
+    with pytest.raises(BlockferryError, match="is not a size; write a number with K, M, G or T"):
         parse_size(text)
 
 
@@ -57,7 +60,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_no_text_breaks_the_parser_of_sizes(text: str) -> None:
     try:
         found = parse_size(text)
-    except argparse.ArgumentTypeError:
+    except BlockferryError:
         return
     assert found >= 0
     assert text.isascii()
@@ -72,10 +75,10 @@ def test_region_sizes_and_rates_have_bounds() -> None:
     assert _parse_region_size("64K") == 65536
     assert _parse_rate("1") == 1
     for text in ("0", "32K", "3M", "32M", "1", "x"):
-        with pytest.raises(argparse.ArgumentTypeError):
+        with pytest.raises(BlockferryError):
             _parse_region_size(text)
     for text in ("0", "-1", "x"):
-        with pytest.raises(argparse.ArgumentTypeError):
+        with pytest.raises(BlockferryError):
             _parse_rate(text)
 
 
@@ -106,6 +109,9 @@ def test_region_sizes_and_rates_have_bounds() -> None:
         ["replica"],
         ["replica", "list"],
         ["replica", "show"],
+        ["pool"],
+        ["pool", "list"],
+        ["sync", "a.img", DEST, "--pool", "../b"],
     ],
     ids=" ".join,
 )
@@ -133,7 +139,7 @@ def leaves(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iter
 
 def test_every_command_can_be_run_and_asked_for_help(capsys: pytest.CaptureFixture[str]) -> None:
     found = list(leaves(build_parser()))
-    assert {"_".join(words) for words in found} == set(COMMANDS)
+    assert {"_".join(words) for words in found} == {*COMMANDS, *POOL_COMMANDS}
     for words in found:
         with pytest.raises(SystemExit) as caught:
             main([*words, "--help"])

@@ -37,7 +37,7 @@ def test_replicas_do_not_share_records(tmp_path: Path) -> None:
 def test_confirming_is_remembered(tmp_path: Path) -> None:
     ledger = CommitLedger(tmp_path)
     record = ledger.mint(UUID, "db", "a")
-    ledger.confirm(record)
+    ledger.confirm(record, 1)
     last = ledger.last(UUID)
     assert last is not None and last.confirmed and last.commit_id == record.commit_id
 
@@ -45,12 +45,40 @@ def test_confirming_is_remembered(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("happened", "confirmed"), [(True, True), (False, False)])
 def test_a_lost_answer_is_learnt_from_the_replica(tmp_path: Path, happened: bool, confirmed: bool) -> None:
     ledger = CommitLedger(tmp_path)
-    ledger.reconcile(UUID, b"")
+    assert ledger.reconcile(UUID, b"", 0) == ""
     assert ledger.last(UUID) is None
     record = ledger.mint(UUID, "db", "a")
-    ledger.reconcile(UUID, bytes.fromhex(record.commit_id) if happened else bytes(16))
+    assert ledger.reconcile(UUID, bytes.fromhex(record.commit_id) if happened else bytes(16), 1) == ""
     last = ledger.last(UUID)
     assert last is not None and last.confirmed is confirmed
+
+
+@pytest.mark.parametrize(
+    ("newest", "generation", "warned"),
+    [
+        ("ours", 5, False),
+        ("older", 3, True),
+        ("rewritten", 5, True),
+        ("another source's", 6, False),
+        ("overwritten in place", 0, False),
+    ],
+)
+@pytest.mark.parametrize("asked_again", [False, True], ids=["", "one-more-asked"])
+def test_a_replica_that_has_lost_a_confirmed_commit(
+    tmp_path: Path, newest: str, generation: int, warned: bool, asked_again: bool
+) -> None:
+    ledger = CommitLedger(tmp_path)
+    record = ledger.mint(UUID, "db", "a")
+    ledger.confirm(record, 5)
+    if asked_again:
+        ledger.mint(UUID, "db", "a")
+    commit_id = {"ours": bytes.fromhex(record.commit_id), "overwritten in place": b""}.get(newest, bytes(16))
+    said = ledger.reconcile(UUID, commit_id, generation)
+    assert bool(said) is warned
+    if warned:
+        assert f"was at generation {generation}, although generation 5 had been committed from here" in said
+    last = ledger.last(UUID)
+    assert last is not None and (last.newest_id, last.newest_generation) == (record.commit_id, 5)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +91,7 @@ def test_a_record_that_cannot_be_used_is_as_good_as_none(tmp_path: Path, content
     (path,) = (tmp_path / "commits").iterdir()
     path.write_bytes(content)
     assert ledger.last(UUID) is None
-    ledger.reconcile(UUID, bytes(16))
+    assert ledger.reconcile(UUID, bytes(16), 1) == ""
     assert ledger.last(UUID) is None
     assert ledger.mint(UUID, "db", "a") == ledger.last(UUID)
 

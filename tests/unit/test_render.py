@@ -8,9 +8,10 @@ import re
 
 import pytest
 from blockferry.client.cli import render
-from blockferry.client.cli.render import Console, human_bytes, human_seconds, table
+from blockferry.client.cli.render import Console, human_seconds, table
 from blockferry.client.report import Phase, Progress
 from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.units import human_bytes
 from hypothesis import example, given
 from hypothesis import strategies as st
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 import pytest
+from blockferry.client.forecast import Forecast
 from blockferry.client.plan import decide
 from blockferry.client.report import Progress, Stopwatch, Tally, plan_report, sync_report
 from blockferry.common.regions import AllocationMap, Geometry, Provenance
@@ -28,7 +29,8 @@ class Counted:
 
 
 def test_the_report_of_a_plan() -> None:
-    assert plan_report("a.img", "grpc://h:1/v", PLAN) == {
+    forecast = Forecast(pool="main", free=10, reserve=3, needed_max=7, held=2, quota=8)
+    assert plan_report("a.img", "grpc://h:1/v", PLAN, forecast) == {
         "schema": 1,
         "source": "a.img",
         "destination": "grpc://h:1/v",
@@ -45,7 +47,11 @@ def test_the_report_of_a_plan() -> None:
             "data_sent_min": 0,
             "data_sent_max": 3 * REGION + 100,
         },
-    }
+        "forecast": {
+            "pool": "main", "free": 10, "reserve": 3, "quota": 8, "held": 2, "needed_max": 7, "fits": False
+        },
+    }  # fmt: skip
+    assert plan_report("a.img", "grpc://h:1/v", PLAN, None)["forecast"] is None
 
 
 def test_the_report_of_a_sync(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +65,9 @@ def test_the_report_of_a_sync(monkeypatch: pytest.MonkeyPatch) -> None:
         zero=1, equal=1, changed=2, source_read=3, destination_read=4, destination_written=5, data_sent=6, unmapped=7
     )
     committed = pb.Committed(volume="v", generation=3, commit_id=bytes(range(16)))
-    report = sync_report("a.img", "grpc://h:1/v", PLAN, tally, watch, committed, cast(Connection, Counted()))
+    report = sync_report(
+        "a.img", "grpc://h:1/v", PLAN, tally, watch, committed, cast(Connection, Counted()), "look out"
+    )
     assert report == {
         "schema": 1,
         "source": "a.img",
@@ -83,6 +91,7 @@ def test_the_report_of_a_sync(monkeypatch: pytest.MonkeyPatch) -> None:
             "unmapped": 7,
         },
         "seconds": {"total": 3.75, "map": 0.5, "transfer": 3.0, "commit": 0.25},
+        "warning": "look out",
     }
 
 

@@ -17,13 +17,16 @@ COMMIT_ID_SIZE = 16
 
 
 class CommitRecord(msgspec.Struct, frozen=True):
-    """The last commit asked for. Hexadecimal ids; `confirmed` once the destination has said so."""
+    """The last commit asked for. Hexadecimal ids; `confirmed` once the destination has said so. `newest_id` and
+    `newest_generation` are the newest commit that is confirmed, this one or one before (empty and 0: none)."""
 
     replica_uuid: str
     volume: str
     source: str
     commit_id: str
     confirmed: bool = False
+    newest_id: str = ""
+    newest_generation: int = 0
 
 
 def default_state_directory() -> Path:
@@ -46,6 +49,11 @@ class CommitLedger:
         # A path may hold bytes that are no UTF-8; JSON may not.
         source = source.encode("utf-8", "backslashreplace").decode()
         record = CommitRecord(replica_uuid.hex(), volume, source, secrets.token_hex(COMMIT_ID_SIZE))
+        before = self.last(replica_uuid)
+        if before is not None:
+            record = msgspec.structs.replace(
+                record, newest_id=before.newest_id, newest_generation=before.newest_generation
+            )
         try:
             make_directories(self._directory)
             self._write(record)
@@ -53,15 +61,32 @@ class CommitLedger:
             raise from_os_error(error, f"cannot keep the commit id in {self._directory}", volume=volume) from error
         return record
 
-    def confirm(self, record: CommitRecord) -> None:
-        """Note that the commit happened."""
-        self._write(msgspec.structs.replace(record, confirmed=True))
+    def confirm(self, record: CommitRecord, generation: int) -> None:
+        """Note that the commit happened, and which generation it made."""
+        self._write(
+            msgspec.structs.replace(record, confirmed=True, newest_id=record.commit_id, newest_generation=generation)
+        )
 
-    def reconcile(self, replica_uuid: bytes, newest_commit_id: bytes) -> None:
-        """Where the answer to the last commit was lost, learn from the replica that it happened."""
+    def reconcile(self, replica_uuid: bytes, newest_commit_id: bytes, generation: int) -> str:
+        """Compare what is known with the replica's newest commit, which made `generation`. Where the answer to the last
+        commit was lost, learn that it happened; where the replica no longer has one that was confirmed, say so. Empty:
+        nothing to say."""
         last = self.last(replica_uuid)
-        if last is not None and not last.confirmed and last.commit_id == newest_commit_id.hex():
-            self.confirm(last)
+        if last is None or not newest_commit_id:
+            # Without any generation it is being overwritten in place.
+            return ""
+        newest = newest_commit_id.hex()
+        if newest == last.commit_id:
+            if not last.confirmed:
+                self.confirm(last, generation)
+            return ""
+        # A generation that is later than ours is another source's.
+        if newest == last.newest_id or generation > last.newest_generation:
+            return ""
+        return (
+            f"the replica was at generation {generation}, although generation {last.newest_generation} had been "
+            "committed from here: it was restored from a backup or rolled back, and what was newer is lost"
+        )
 
     def last(self, replica_uuid: bytes) -> CommitRecord | None:
         """The last commit asked for, or None where nothing usable is known."""

@@ -44,6 +44,7 @@ class ReplicaSession:
         self.lease_seconds = opened.lease_ms / 1000
         self.bytes_in_flight = opened.bytes_in_flight
         self.newest_commit_id = opened.commit_id
+        self.newest_generation = opened.generation
         self.durable = BitMap()
         """Regions that are durable from an interrupted session of the same immutable snapshot."""
         for run in opened.durable_regions:
@@ -59,6 +60,7 @@ class ReplicaSession:
         region_size: int = 0,
         grow: bool = False,
         snapshot_id: str = "",
+        pool: str = "",
     ) -> ReplicaSession:
         """Take the replica for writing; it is created if it does not exist."""
         if address.number:
@@ -78,6 +80,7 @@ class ReplicaSession:
                 grow=grow,
                 client=f"{socket.gethostname()} (process {os.getpid()})",
                 snapshot_id=snapshot_id,
+                pool=pool,
             ),
             pb.OpenSessionResponse,
         )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from blockferry.client.forecast import Forecast
 from blockferry.client.plan import Plan
 from blockferry.common.rpc import Connection
 from blockferry.v1 import replication_pb2 as pb
@@ -77,9 +78,9 @@ class Stopwatch:
         return {"total": round(total, 3), **{name: round(self.seconds.get(name, 0.0), 3) for name in names}}
 
 
-def plan_report(source: str, destination: str, plan: Plan) -> dict[str, object]:
+def plan_report(source: str, destination: str, plan: Plan, forecast: Forecast | None) -> dict[str, object]:
     """The report of `plan`. `data_sent_min` and `data_sent_max` bound the payload: between nothing and every allocated
-    byte of the source."""
+    byte of the source. `forecast` is null where the server does not say what room it has."""
     return {
         "schema": SCHEMA,
         "source": source,
@@ -97,6 +98,7 @@ def plan_report(source: str, destination: str, plan: Plan) -> dict[str, object]:
             "data_sent_min": 0,
             "data_sent_max": plan.bytes_to_read,
         },
+        "forecast": forecast.fields() if forecast is not None else None,
     }
 
 
@@ -108,8 +110,9 @@ def sync_report(
     watch: Stopwatch,
     committed: pb.Committed,
     connection: Connection,
+    warning: str,
 ) -> dict[str, object]:
-    """The report of `sync`."""
+    """The report of `sync`; `warning` is null unless there is something people should know although all went well."""
     return {
         "schema": SCHEMA,
         "source": source,
@@ -133,4 +136,5 @@ def sync_report(
             "unmapped": tally.unmapped,
         },
         "seconds": watch.report("map", "transfer", "commit"),
+        "warning": warning or None,
     }

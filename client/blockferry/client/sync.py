@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockferry.client.commits import CommitLedger, default_state_directory
+from blockferry.client.forecast import Forecast, ask_forecast
 from blockferry.client.plan import Plan, decide
 from blockferry.client.replica import ChangeStream, ReplicaSession
 from blockferry.client.report import Progress, Stopwatch, Tally, sync_report
@@ -26,7 +27,8 @@ from pyroaring import BitMap
 
 @dataclass(frozen=True)
 class SyncOptions:
-    """How to sync. `bwlimit` in bytes per second, 0 for none; `region_size` 0 for the replica's own."""
+    """How to sync. `bwlimit` in bytes per second, 0 for none; `region_size` 0 for the replica's own; `pool` for a new
+    replica, empty for the server's first."""
 
     region_size: int = 0
     bwlimit: int = 0
@@ -34,16 +36,19 @@ class SyncOptions:
     live: bool = False
     insecure: bool = False
     keep: Retention | None = None
+    pool: str = ""
     bytes_in_flight: int = BYTES_IN_FLIGHT
     state_directory: Path | None = None
 
 
-async def plan(source: Volume, destination: Address, options: SyncOptions) -> Plan:
-    """What a sync would do. Takes no session and writes nothing; a replica that does not exist is taken as empty."""
+async def plan(source: Volume, destination: Address, options: SyncOptions) -> tuple[Plan, Forecast | None]:
+    """What a sync would do, and whether there is room for it (None: the server does not say). Takes no session and
+    writes nothing; a replica that does not exist is taken as empty."""
     connection = Connection(destination.require_volume(), insecure=options.insecure)
     try:
         found = await _map_without_session(connection, destination, source.size, options)
-        return decide(await source.allocation(found.geometry.region_size), found)
+        decided = decide(await source.allocation(found.geometry.region_size), found)
+        return decided, await ask_forecast(connection, destination.volume, options.pool, decided)
     finally:
         await connection.close()
 
@@ -83,11 +88,12 @@ async def sync(source: Volume, destination: Address, options: SyncOptions, progr
             region_size=options.region_size,
             grow=options.grow,
             snapshot_id=source.snapshot_id,
+            pool=options.pool,
         )
         crash_point("client-session-opened")
         ledger = CommitLedger(options.state_directory or default_state_directory())
         try:
-            ledger.reconcile(session.replica_uuid, session.newest_commit_id)
+            warning = ledger.reconcile(session.replica_uuid, session.newest_commit_id, session.newest_generation)
             stream = ChangeStream(
                 connection, session, RateLimiter(options.bwlimit), options.bytes_in_flight // 2, tally
             )
@@ -109,14 +115,14 @@ async def sync(source: Volume, destination: Address, options: SyncOptions, progr
             crash_point("client-commit-minted")
             committed = await session.commit(bytes.fromhex(record.commit_id), options.keep)
             crash_point("client-commit-answered")
-            ledger.confirm(record)
+            ledger.confirm(record, committed.generation)
             crash_point("client-commit-confirmed")
             watch.lap("commit")
         except BaseException:
             await asyncio.shield(session.abort())
             raise
         progress.finish()
-        return sync_report(source.uri, destination.uri, decided, tally, watch, committed, connection)
+        return sync_report(source.uri, destination.uri, decided, tally, watch, committed, connection, warning)
     finally:
         await connection.close()
 

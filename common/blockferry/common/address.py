@@ -17,9 +17,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 _SCHEMES = ("grpc", "grpc+unix")
 
 
+def is_volume_name(name: str) -> bool:
+    """Whether a replica, or a pool, can have this name."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_volume_name(name: str) -> str:
     """Return `name`, or raise INVALID_ARGUMENT."""
-    if not _NAME.fullmatch(name):
+    if not is_volume_name(name):
         shown = name if len(name) <= 64 else f"{name[:61]}..."
         raise BlockferryError(
             Code.INVALID_ARGUMENT,

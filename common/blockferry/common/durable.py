@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -35,12 +36,13 @@ def write_unsynced(path: Path, data: bytes) -> None:
     disk.rename(temporary, path)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` with `data`: afterwards, whatever happened, it holds the old bytes or the new ones, whole."""
+def write_atomic(path: Path, data: bytes | Callable[[int], bytes]) -> None:
+    """Replace `path` with `data`: afterwards, whatever happened, it holds the old bytes or the new ones, whole. Data
+    that depends on which file it is in is made from the file's descriptor."""
     temporary = path.with_name(path.name + _TEMPORARY)
     fd = disk.create(temporary, os.O_WRONLY | os.O_TRUNC)
     try:
-        _write_all(fd, data)
+        _write_all(fd, data if isinstance(data, bytes) else data(fd))
         disk.fsync(fd)
     finally:
         os.close(fd)

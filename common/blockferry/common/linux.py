@@ -33,6 +33,11 @@ RESERVE = _FALLOC_FL_KEEP_SIZE
 _libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
+_AT_EMPTY_PATH = 0x1000
+_STATX_BTIME = 0x800
+_STATX = struct.Struct("=I76xqI164x")
+"""struct statx: stx_mask first, stx_btime at byte 80; 256 bytes in all (linux/stat.h)."""
+
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _MMAP_THRESHOLD = 32 * 1024 * 1024
@@ -80,6 +85,16 @@ def occupy_standard_descriptors() -> None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
+def birth_ns(fd: int) -> int:
+    """When a file was made, in nanoseconds since 1970, which nobody can set (statx(2)); 0 where it is not known."""
+    statx = getattr(_libc, "statx", None)
+    buffer = ctypes.create_string_buffer(_STATX.size)
+    if statx is None or statx(fd, b"", _AT_EMPTY_PATH, _STATX_BTIME, buffer) != 0:
+        return 0
+    mask, seconds, nanoseconds = _STATX.unpack(buffer.raw)
+    return int(seconds) * 10**9 + int(nanoseconds) if mask & _STATX_BTIME else 0
+
+
 def reflink(source_fd: int, target_fd: int) -> None:
     """Make the target share all extents of the source (FICLONE); raise OSError where the file system cannot."""
     fcntl.ioctl(target_fd, _FICLONE, source_fd)
@@ -91,6 +106,8 @@ _FIEMAP_EXTENT = struct.Struct("=QQQQQIIII")
 _FIEMAP_FLAG_SYNC = 0x0001
 _FIEMAP_LAST = 0x0001
 _FIEMAP_UNWRITTEN = 0x0800
+UNPLACED = 0x0002 | 0x0004 | 0x0200
+"""Flags of extents without a place of their own on the disk yet, or at all: unknown, delayed allocation, inline."""
 _FIEMAP_SHARED = 0x2000
 _FIEMAP_BATCH = 512
 

@@ -24,7 +24,7 @@ REPLICA_STATE_UPDATING: ReplicaState
 REPLICA_STATE_PROMOTED: ReplicaState
 
 class Replica(_message.Message):
-    __slots__ = ("volume", "replica_uuid", "size", "region_size", "state", "generation", "commit_id", "committed_at_us", "bytes_held", "path", "session_client", "pool", "kind", "promotion")
+    __slots__ = ("volume", "replica_uuid", "size", "region_size", "state", "generation", "commit_id", "committed_at_us", "bytes_held", "path", "session_client", "pool", "scrub", "notice", "kind", "promotion")
     VOLUME_FIELD_NUMBER: _ClassVar[int]
     REPLICA_UUID_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,8 @@ class Replica(_message.Message):
     PATH_FIELD_NUMBER: _ClassVar[int]
     SESSION_CLIENT_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
+    SCRUB_FIELD_NUMBER: _ClassVar[int]
+    NOTICE_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     PROMOTION_FIELD_NUMBER: _ClassVar[int]
     volume: str
@@ -51,9 +53,11 @@ class Replica(_message.Message):
     path: str
     session_client: str
     pool: str
+    scrub: Scrub
+    notice: str
     kind: str
     promotion: Promotion
-    def __init__(self, volume: _Optional[str] = ..., replica_uuid: _Optional[bytes] = ..., size: _Optional[int] = ..., region_size: _Optional[int] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., generation: _Optional[int] = ..., commit_id: _Optional[bytes] = ..., committed_at_us: _Optional[int] = ..., bytes_held: _Optional[int] = ..., path: _Optional[str] = ..., session_client: _Optional[str] = ..., pool: _Optional[str] = ..., kind: _Optional[str] = ..., promotion: _Optional[_Union[Promotion, _Mapping]] = ...) -> None: ...
+    def __init__(self, volume: _Optional[str] = ..., replica_uuid: _Optional[bytes] = ..., size: _Optional[int] = ..., region_size: _Optional[int] = ..., state: _Optional[_Union[ReplicaState, str]] = ..., generation: _Optional[int] = ..., commit_id: _Optional[bytes] = ..., committed_at_us: _Optional[int] = ..., bytes_held: _Optional[int] = ..., path: _Optional[str] = ..., session_client: _Optional[str] = ..., pool: _Optional[str] = ..., scrub: _Optional[_Union[Scrub, _Mapping]] = ..., notice: _Optional[str] = ..., kind: _Optional[str] = ..., promotion: _Optional[_Union[Promotion, _Mapping]] = ...) -> None: ...
 
 class Promotion(_message.Message):
     __slots__ = ("generation", "commit_id", "promoted_at_us", "path")
@@ -66,6 +70,56 @@ class Promotion(_message.Message):
     promoted_at_us: int
     path: str
     def __init__(self, generation: _Optional[int] = ..., commit_id: _Optional[bytes] = ..., promoted_at_us: _Optional[int] = ..., path: _Optional[str] = ...) -> None: ...
+
+class Scrub(_message.Message):
+    __slots__ = ("at_us", "generation", "bytes", "rotten", "problem")
+    AT_US_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROTTEN_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    at_us: int
+    generation: int
+    bytes: int
+    rotten: _containers.RepeatedCompositeFieldContainer[ReadRange]
+    problem: str
+    def __init__(self, at_us: _Optional[int] = ..., generation: _Optional[int] = ..., bytes: _Optional[int] = ..., rotten: _Optional[_Iterable[_Union[ReadRange, _Mapping]]] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class Pool(_message.Message):
+    __slots__ = ("name", "path", "kind", "total", "free", "reserve", "quota", "replicas", "bytes_held", "problem", "notice")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_FIELD_NUMBER: _ClassVar[int]
+    FREE_FIELD_NUMBER: _ClassVar[int]
+    RESERVE_FIELD_NUMBER: _ClassVar[int]
+    QUOTA_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_HELD_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    NOTICE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    path: str
+    kind: str
+    total: int
+    free: int
+    reserve: int
+    quota: int
+    replicas: int
+    bytes_held: int
+    problem: str
+    notice: str
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., kind: _Optional[str] = ..., total: _Optional[int] = ..., free: _Optional[int] = ..., reserve: _Optional[int] = ..., quota: _Optional[int] = ..., replicas: _Optional[int] = ..., bytes_held: _Optional[int] = ..., problem: _Optional[str] = ..., notice: _Optional[str] = ...) -> None: ...
+
+class ListPoolsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListPoolsResponse(_message.Message):
+    __slots__ = ("pools",)
+    POOLS_FIELD_NUMBER: _ClassVar[int]
+    pools: _containers.RepeatedCompositeFieldContainer[Pool]
+    def __init__(self, pools: _Optional[_Iterable[_Union[Pool, _Mapping]]] = ...) -> None: ...
 
 class ListReplicasRequest(_message.Message):
     __slots__ = ()

@@ -43,7 +43,7 @@ class PointRef(_message.Message):
     def __init__(self, volume: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("protocol_version", "capabilities", "volume", "size", "region_size", "grow", "client", "snapshot_id", "resume_session_id")
+    __slots__ = ("protocol_version", "capabilities", "volume", "size", "region_size", "grow", "client", "snapshot_id", "resume_session_id", "pool")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     VOLUME_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,7 @@ class OpenSessionRequest(_message.Message):
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOT_ID_FIELD_NUMBER: _ClassVar[int]
     RESUME_SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     capabilities: _containers.RepeatedScalarFieldContainer[str]
     volume: str
@@ -62,7 +63,8 @@ class OpenSessionRequest(_message.Message):
     client: str
     snapshot_id: str
     resume_session_id: str
-    def __init__(self, protocol_version: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., volume: _Optional[str] = ..., size: _Optional[int] = ..., region_size: _Optional[int] = ..., grow: bool = ..., client: _Optional[str] = ..., snapshot_id: _Optional[str] = ..., resume_session_id: _Optional[str] = ...) -> None: ...
+    pool: str
+    def __init__(self, protocol_version: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., volume: _Optional[str] = ..., size: _Optional[int] = ..., region_size: _Optional[int] = ..., grow: bool = ..., client: _Optional[str] = ..., snapshot_id: _Optional[str] = ..., resume_session_id: _Optional[str] = ..., pool: _Optional[str] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
     __slots__ = ("protocol_version", "capabilities", "session", "replica_uuid", "digest_key", "region_size", "size", "generation", "commit_id", "lease_ms", "bytes_in_flight", "durable_regions")

@@ -1,4 +1,4 @@
-"""blockferry-server: keeps replicas in a pool and serves them over gRPC."""
+"""blockferry-server: keeps replicas in pools and serves them over gRPC."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import argparse
 import asyncio
 import signal
 import sys
-from pathlib import Path
 
 import uvloop
 from blockferry.common import linux, retention, rpc, telemetry
+from blockferry.common.arguments import argument
 from blockferry.common.errors import BlockferryError
-from blockferry.server.pool import Pool
+from blockferry.common.units import parse_duration, parse_size
+from blockferry.server.pools import Pools, parse_pool
 from blockferry.server.replicas import ReplicasService
 from blockferry.server.replication import ReplicationService
+from blockferry.server.scrubber import Scrubber
+from blockferry.server.space import Limits
 from blockferry.v1 import replicas_pb2, replication_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -31,7 +34,14 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="blockferry-server", description="Keep replicas of block volumes and serve them over gRPC."
     )
-    parser.add_argument("--pool", type=Path, required=True, metavar="DIR", help="existing directory for the replicas")
+    parser.add_argument(
+        "--pool",
+        action="append",
+        type=argument(parse_pool),
+        required=True,
+        metavar="[NAME=]DIR",
+        help="existing directory for replicas, called main unless named; repeatable: new replicas go to the first",
+    )
     parser.add_argument(
         "--listen",
         action="append",
@@ -40,7 +50,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--keep-at-least",
-        type=_retention,
+        type=argument(retention.parse),
         default=retention.DEFAULT,
         metavar="RULES",
         help="recovery points that no source can give up, such as last=3,daily=7 (default last=3)",
@@ -52,15 +62,35 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         metavar="SECONDS",
         help="how long a silent source keeps a replica to itself, 0.1 to 86400 (default 60)",
     )
+    parser.add_argument(
+        "--reserve",
+        type=argument(parse_size),
+        metavar="SIZE",
+        help="bytes that sessions leave free in each pool's file system (default 1G, or 5 %% of a small one; 0: none)",
+    )
+    parser.add_argument(
+        "--quota",
+        type=argument(parse_size),
+        default=0,
+        metavar="SIZE",
+        help="bytes that each replica may hold, recovery points included (default 0: any number)",
+    )
+    parser.add_argument(
+        "--journal-limit",
+        type=argument(parse_size),
+        default=0,
+        metavar="SIZE",
+        help="bytes of changes that one session may put into a journal, in pools that cannot clone (default 0: any number)",
+    )
+    parser.add_argument(
+        "--scrub-every",
+        type=argument(parse_duration),
+        default=0,
+        metavar="DURATION",
+        help="re-read the newest generation of each replica this often, such as 7d or 12h (default 0: never)",
+    )
     parser.add_argument("--insecure", action="store_true", help="allow plaintext on addresses other machines can reach")
     return parser.parse_args(argv)
-
-
-def _retention(text: str) -> retention.Retention:
-    try:
-        return retention.parse(text)
-    except BlockferryError as error:
-        raise argparse.ArgumentTypeError(error.line()) from error
 
 
 def _lease(text: str) -> float:
@@ -81,12 +111,14 @@ async def serve(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
-    pool = await Pool.open("main", arguments.pool.absolute(), arguments.lease, arguments.keep_at_least)
+    limits = Limits(arguments.reserve, arguments.quota, arguments.journal_limit)
+    pools = await Pools.open(arguments.pool, arguments.lease, arguments.keep_at_least, limits)
+    tasks: list[asyncio.Task[None]] = []
     try:
         server = rpc.make_server()
         services = {
-            replication_pb2.DESCRIPTOR.services_by_name["Replication"]: ReplicationService(pool, BYTES_IN_FLIGHT),
-            replicas_pb2.DESCRIPTOR.services_by_name["Replicas"]: ReplicasService(pool),
+            replication_pb2.DESCRIPTOR.services_by_name["Replication"]: ReplicationService(pools, BYTES_IN_FLIGHT),
+            replicas_pb2.DESCRIPTOR.services_by_name["Replicas"]: ReplicasService(pools),
         }
         for descriptor, servicer in services.items():
             rpc.add_service(server, descriptor, servicer, raw=getattr(servicer, "RAW_METHODS", ()))
@@ -96,10 +128,15 @@ async def serve(arguments: argparse.Namespace) -> None:
         await server.start()
         for address in addresses:
             print(f"listening on {address}", flush=True)
+        if arguments.scrub_every:
+            tasks.append(asyncio.create_task(Scrubber(pools, arguments.scrub_every).run(), name="scrubber"))
         await stop.wait()
         await server.stop(SHUTDOWN_SECONDS)
     finally:
-        await pool.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await pools.close()
 
 
 async def _add_health_and_reflection(server: rpc.Server, names: list[str]) -> None:

@@ -11,14 +11,18 @@ from pathlib import Path
 
 import structlog
 from blockferry.common import disk, linux
-from blockferry.common.address import check_volume_name
+from blockferry.common.address import check_volume_name, is_volume_name
+from blockferry.common.durable import remove_durably
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import DEFAULT_REGION_SIZE, check_region_size
 from blockferry.common.retention import Retention
 from blockferry.common.volumes import in_thread
 from blockferry.server import handover
+from blockferry.server.identity import PoolIdentity, Verdict
 from blockferry.server.replica import Replica
-from blockferry.server.store import NEW_PREFIX, Store
+from blockferry.server.room import ReplicaRoom, Room
+from blockferry.server.space import UNLIMITED, Limits
+from blockferry.server.store import NEW_PREFIX, VOUCHERS, Store
 
 log = structlog.get_logger("blockferry.pool")
 
@@ -31,26 +35,32 @@ SEEDS = ".seeds"
 class Pool:
     """All replicas in one directory. Names become directory entries only after `check_volume_name`."""
 
-    def __init__(self, name: str, path: Path, lease: float, floor: Retention) -> None:
+    def __init__(self, name: str, path: Path, lease: float, floor: Retention, limits: Limits = UNLIMITED) -> None:
         self.name = name
         self.path = path
+        self.room = Room(name, path, limits)
+        self.names: list[str] = []
+        """Names taken when the pool was opened, also by replicas that had to be left out."""
         self._lease = lease
         self._floor = floor
         self._replicas: dict[str, Replica] = {}
-        self._creating = asyncio.Lock()
-        self._unfinished: set[asyncio.Task[Replica]] = set()
+        self._making: dict[str, asyncio.Task[Replica]] = {}
         self._lock_fd = -1
         self.clones = False
 
     @classmethod
-    async def open(cls, name: str, path: Path, lease: float, floor: Retention) -> Pool:
+    async def open(cls, name: str, path: Path, lease: float, floor: Retention, limits: Limits = UNLIMITED) -> Pool:
         """Lock the directory and open every replica in it. `lease` in seconds; `floor` are the recovery points kept
-        whatever a source asks for. Raises NOT_FOUND, READ_ONLY, UNREADABLE or IN_USE."""
-        pool = cls(name, path, lease, floor)
+        whatever a source asks for. Raises NOT_FOUND, READ_ONLY, UNREADABLE, UNSUPPORTED or IN_USE."""
+        pool = cls(name, path, lease, floor, limits)
         try:
             await in_thread(pool._open)
         except OSError as error:
+            pool._unlock()
             raise from_os_error(error, f"cannot use {path} as a pool") from error
+        except BlockferryError:
+            pool._unlock()
+            raise
         for replica in pool.list():
             replica.complete_soon()
         return pool
@@ -74,17 +84,34 @@ class Pool:
                 next="stop that server, or use another directory",
             ) from error
         self.clones = _can_clone(self.path)
+        self._identity = PoolIdentity(self.path)
         for entry in sorted(self.path.iterdir()):
             if entry.name.startswith((NEW_PREFIX, _DELETED_PREFIX)):
                 shutil.rmtree(entry)
-            elif entry.is_dir() and not entry.name.startswith("."):
-                try:
-                    store = Store(entry, clones=self.clones)
-                except (OSError, BlockferryError) as error:
-                    # One damaged replica must not take the others down with it.
-                    log.error("replica left out", volume=entry.name, error=str(error))
-                    continue
-                self._replicas[entry.name] = Replica(entry.name, self.name, store, self._lease, self._floor)
+            elif entry.is_dir() and is_volume_name(entry.name):
+                self.names.append(entry.name)
+        if self._identity.verdict in (Verdict.NEW, Verdict.RESTORED):
+            self._doubt()
+        for name in self.names:
+            try:
+                store = Store(self.path / name, clones=self.clones, journal_limit=self.room.limits.journal)
+            except (OSError, BlockferryError) as error:
+                # One damaged replica must not take the others down with it.
+                log.error("replica left out", volume=name, error=str(error))
+                continue
+            self._replicas[name] = self._replica(name, store)
+        self._identity.settle({name: replica.store.generations.last_number for name, replica in self._replicas.items()})
+
+    def _doubt(self) -> None:
+        """Invariant 1: in files that are not known to be those this pool had before, nothing vouches for content. Gone
+        durably before anything is believed, and before the pool counts as known again."""
+        for name in self.names:
+            for voucher in VOUCHERS:
+                remove_durably(self.path / name / voucher)
+
+    def _replica(self, name: str, store: Store) -> Replica:
+        room = ReplicaRoom(self.room, name, store.directory)
+        return Replica(name, self.name, store, self._lease, self._floor, room)
 
     def list(self) -> list[Replica]:
         """All replicas, by name."""
@@ -97,11 +124,15 @@ class Pool:
             raise BlockferryError(
                 Code.NOT_FOUND,
                 f"there is no replica {name}",
-                cause=f"pool {self.name} does not hold it",
+                cause="no pool of this server holds it",
                 next="list what there is with blockferry replica list",
                 volume=name,
             )
         return replica
+
+    def holds(self, name: str) -> bool:
+        """Whether a name is taken here: by a replica, by one that is being made, or by whatever lies there."""
+        return name in self._replicas or name in self._making or (self.path / name).exists()
 
     async def get_or_create(self, name: str, region_size: int) -> Replica:
         """The replica with this name, made if need be (`region_size` 0: the default)."""
@@ -109,36 +140,38 @@ class Pool:
         if known is not None:
             return known
         wanted = check_region_size(region_size or DEFAULT_REGION_SIZE)
-        # To its end even if the client goes away: the directory would be there, and nobody would know the replica.
-        making = asyncio.create_task(self._make(name, wanted))
-        self._unfinished.add(making)
-        making.add_done_callback(self._unfinished.discard)
-        making.add_done_callback(lambda done: done.cancelled() or done.exception())
+        making = self._making.get(name)
+        if making is None:
+            # To its end even if the client goes away: the directory would be there, and nobody would know the replica.
+            making = self._making[name] = asyncio.create_task(self._make(name, wanted))
+            making.add_done_callback(lambda done: self._making.pop(name))
+            making.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(making)
 
     async def _make(self, name: str, region_size: int) -> Replica:
-        async with self._creating:
-            if name not in self._replicas:
-                directory = self.path / name
-                try:
-                    if directory.exists():
-                        # Left out when the server started, or made by an attempt that failed at its very end.
-                        store = await in_thread(Store, directory, clones=self.clones)
-                    else:
-                        store = await in_thread(Store.create, directory, region_size, clones=self.clones)
-                except OSError as error:
-                    raise from_os_error(error, f"cannot create {name} in pool {self.name}", volume=name) from error
-                except BlockferryError as error:
-                    log.error("replica left out", volume=name, error=str(error))
-                    raise BlockferryError(
-                        error.code,
-                        f"{name} cannot be used",
-                        cause="what lies in its directory is not usable",
-                        next="look at the server's log; move the directory away or repair it",
-                        volume=name,
-                    ) from error
-                self._replicas[name] = Replica(name, self.name, store, self._lease, self._floor)
-            return self._replicas[name]
+        directory, limit = self.path / name, self.room.limits.journal
+        try:
+            if directory.exists():
+                # Left out when the server started, or made by an attempt that failed at its very end.
+                store = await in_thread(Store, directory, clones=self.clones, journal_limit=limit)
+            else:
+                await self.room.check(name, f"cannot create {name}")
+                store = await in_thread(Store.create, directory, region_size, clones=self.clones, journal_limit=limit)
+        except OSError as error:
+            raise from_os_error(error, f"cannot create {name} in pool {self.name}", volume=name) from error
+        except BlockferryError as error:
+            if error.code is Code.OUT_OF_SPACE:
+                raise
+            log.error("replica left out", volume=name, error=str(error))
+            raise BlockferryError(
+                error.code,
+                f"{name} cannot be used",
+                cause="what lies in its directory is not usable",
+                next="look at the server's log; move the directory away or repair it",
+                volume=name,
+            ) from error
+        self._replicas[name] = self._replica(name, store)
+        return self._replicas[name]
 
     async def delete(self, replica: Replica) -> None:
         """Remove a replica and all its recovery points. Raises IN_USE or WRONG_STATE."""
@@ -169,10 +202,26 @@ class Pool:
 
     async def close(self) -> None:
         """End all sessions and unlock the directory."""
-        await asyncio.gather(*self._unfinished, return_exceptions=True)
+        await asyncio.gather(*self._making.values(), return_exceptions=True)
         for replica in self._replicas.values():
             await replica.close()
-        os.close(self._lock_fd)
+        self._unlock()
+
+    def _unlock(self) -> None:
+        fd, self._lock_fd = self._lock_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    # --- a pool that was restored ---------------------------------------------------------------------------------
+
+    def is_behind(self, replica: Replica) -> bool:
+        """Whether a replica has not been synced since the pool was restored."""
+        return self._identity.is_behind(replica.name, replica.store.generations.last_number)
+
+    @property
+    def restored_at_us(self) -> int:
+        """When it was found that the pool had been restored, in microseconds since 1970; 0 for never."""
+        return self._identity.restored_at_us
 
 
 def _can_clone(path: Path) -> bool:

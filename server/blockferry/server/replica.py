@@ -22,7 +22,9 @@ from blockferry.server.cache import DigestCache
 from blockferry.server.gate import Gate
 from blockferry.server.generations import Point
 from blockferry.server.points import Points
+from blockferry.server.room import ReplicaRoom, Room
 from blockferry.server.session import Event, State, state_at_rest, transition
+from blockferry.server.space import UNLIMITED
 from blockferry.server.store import SessionRecord, Store
 from blockferry.v1 import replication_pb2 as pb
 from pyroaring import BitMap
@@ -77,13 +79,16 @@ class Session:
 class Replica:
     """One replica of a pool. Its methods may be called concurrently."""
 
-    def __init__(self, name: str, pool: str, store: Store, lease: float, floor: Retention) -> None:
+    def __init__(
+        self, name: str, pool: str, store: Store, lease: float, floor: Retention, room: ReplicaRoom | None = None
+    ) -> None:
         self.name = name
         self.pool = pool
         self.store = store
         self.session: Session | None = None
         self.lease_seconds = lease
         """Seconds without a call after which a session may be taken over."""
+        self._room = room or ReplicaRoom(Room(pool, store.directory, UNLIMITED), name, store.directory)
         self.points = Points(name, store, floor, lease)
         self.gate = Gate()
         self.gone = False
@@ -134,6 +139,7 @@ class Replica:
             self._refuse_if_gone()
             self._refuse_if_held(request.resume_session_id)
             self._refuse_other_geometry(request)
+            await self._room.check_start()
             state = transition(self.name, self.state, Event.OPEN)
             try:
                 await self.end_session()
@@ -325,7 +331,7 @@ class Replica:
                 if session.allocated is not None:
                     session.allocated.add(region)
             try:
-                await self._survive(session, apply.write_regions(session.volume, self.store.identity.key, changes))
+                await self._survive(session, self._write(session, changes))
             finally:
                 for change in changes:
                     session.change(change.request.offset // session.geometry.region_size, 1)
@@ -338,6 +344,10 @@ class Replica:
                 elif session.snapshot_id:
                     session.settled.add(region)
             return [change.result for change in changes]
+
+    async def _write(self, session: Session, changes: Sequence[apply.Write]) -> None:
+        async with self._room.writing(sum(len(change.data) for change in changes)):
+            await apply.write_regions(session.volume, self.store.identity.key, changes)
 
     async def unmap_region(self, request: pb.UnmapRegionRequest, ref: pb.SessionRef) -> apply.Result:
         """Check and apply one change."""
@@ -386,6 +396,7 @@ class Replica:
                 crash_point("checkpoint-flushed")
                 if session.snapshot_id:
                     await in_thread(self.store.write_progress, session.snapshot_id, session.geometry.size, settled)
+                await self._room.check()
             except (OSError, BlockferryError) as error:
                 session.failed = as_ours(error, f"cannot flush {self.name}")
                 raise session.failed from error

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc.aio
@@ -16,8 +17,10 @@ from blockferry.common.volumes import in_thread
 from blockferry.server import handover
 from blockferry.server.generations import Promotion
 from blockferry.server.pool import Pool
+from blockferry.server.pools import Pools
 from blockferry.server.replica import Replica
-from blockferry.server.scrub import verify_point
+from blockferry.server.room import bytes_held
+from blockferry.server.scrub import ScrubRecord, last_scrub, verify_point
 from blockferry.v1 import replicas_pb2 as pb
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -28,23 +31,35 @@ PROGRESS_SECONDS = 1.0
 READ_SIZE = 1024 * 1024
 """Bytes of data per message of ReadRegions."""
 
+RESTORED_REPLICA = (
+    "its pool was restored from a backup or copied (noticed {}): generations newer than the backup are lost, and the "
+    "next sync compares everything"
+)
+RESTORED_POOL = (
+    "restored from a backup or copied (noticed {}): {} of {} replicas have not been synced since; their generations "
+    "newer than the backup are lost, and their next sync compares everything"
+)
+
 
 class ReplicasService:
-    """Serves `blockferry.v1.Replicas` over one pool."""
+    """Serves `blockferry.v1.Replicas` over all pools."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(self, pools: Pools) -> None:
+        self._pools = pools
 
     async def ListReplicas(self, request: pb.ListReplicasRequest, _: Context) -> pb.ListReplicasResponse:
-        return pb.ListReplicasResponse(replicas=[await _describe(replica) for replica in self._pool.list()])
+        return pb.ListReplicasResponse(replicas=[await self._described(replica) for replica in self._pools.list()])
 
     async def GetReplica(self, request: pb.GetReplicaRequest, _: Context) -> pb.GetReplicaResponse:
-        return pb.GetReplicaResponse(replica=await _describe(self._pool.get(request.volume)))
+        return pb.GetReplicaResponse(replica=await self._described(self._pools.get(request.volume)))
+
+    async def ListPools(self, request: pb.ListPoolsRequest, _: Context) -> pb.ListPoolsResponse:
+        return pb.ListPoolsResponse(pools=[await _describe_pool(pool) for pool in self._pools])
 
     async def ListRecoveryPoints(
         self, request: pb.ListRecoveryPointsRequest, _: Context
     ) -> pb.ListRecoveryPointsResponse:
-        replica = self._pool.get(request.volume)
+        replica = self._pools.get(request.volume)
         response = pb.ListRecoveryPointsResponse()
         kept = replica.points.kept()
         content, generations = replica.store.content, replica.store.generations
@@ -73,13 +88,13 @@ class ReplicasService:
     async def VerifyReplica(
         self, request: pb.VerifyReplicaRequest, _: Context
     ) -> AsyncIterator[pb.VerifyReplicaResponse]:
-        replica = self._pool.get(request.point.volume)
+        replica = self._pools.get(request.point.volume)
         async with contextlib.aclosing(verify_point(replica, request.point.number)) as found:
             async for response in found:
                 yield response
 
     async def ReadRegions(self, request: pb.ReadRegionsRequest, _: Context) -> AsyncIterator[pb.ReadRegionsResponse]:
-        replica = self._pool.get(request.point.volume)
+        replica = self._pools.get(request.point.volume)
         async with replica.points.reading(request.point.number) as volume:
             for wanted in request.ranges:
                 if wanted.length < 1 or wanted.offset + wanted.length > volume.size:
@@ -107,7 +122,7 @@ class ReplicasService:
     async def PromoteReplica(
         self, request: pb.PromoteReplicaRequest, _: Context
     ) -> AsyncIterator[pb.PromoteReplicaResponse]:
-        replica = self._pool.get(request.point.volume)
+        replica = self._pools.get(request.point.volume)
         _check_confirmed(request.confirm, replica.name)
         state = pb.PromoteReplicaResponse()
 
@@ -126,21 +141,28 @@ class ReplicasService:
         yield state
 
     async def DemoteReplica(self, request: pb.DemoteReplicaRequest, _: Context) -> pb.DemoteReplicaResponse:
-        replica = self._pool.get(request.volume)
+        replica = self._pools.get(request.volume)
         _check_confirmed(request.confirm, replica.name)
         point = await handover.demote(replica, keep_changes=request.keep_changes)
         return pb.DemoteReplicaResponse(generation=point.number, commit_id=point.commit_id)
 
     async def DeleteReplica(self, request: pb.DeleteReplicaRequest, _: Context) -> pb.DeleteReplicaResponse:
-        replica = self._pool.get(request.volume)
+        replica = self._pools.get(request.volume)
         _check_confirmed(request.confirm, replica.name)
-        await self._pool.delete(replica)
+        await self._pools.delete(replica)
         return pb.DeleteReplicaResponse()
 
     async def AdoptReplica(self, request: pb.AdoptReplicaRequest, _: Context) -> pb.AdoptReplicaResponse:
         check_volume_name(request.volume)
-        replica, size = await self._pool.adopt(request.volume, request.seed, request.region_size)
+        replica, size = await self._pools.adopt(request.volume, request.seed, request.region_size, request.pool)
         return pb.AdoptReplicaResponse(size=size, region_size=replica.store.identity.region_size)
+
+    async def _described(self, replica: Replica) -> pb.Replica:
+        return await _describe(replica, self._pools.home(replica))
+
+
+def _why(error: OSError) -> str:
+    return os.strerror(error.errno).lower() if error.errno else str(error)
 
 
 def _check_confirmed(confirm: str, name: str) -> None:
@@ -163,9 +185,10 @@ def _promotion(replica: Replica, promotion: Promotion) -> pb.Promotion:
     )
 
 
-async def _describe(replica: Replica) -> pb.Replica:
+async def _describe(replica: Replica, pool: Pool) -> pb.Replica:
     store, generations = replica.store, replica.store.generations
     newest, promoted, session = generations.newest, generations.promoted, replica.session
+    scrub = await in_thread(last_scrub, store)
     described = pb.Replica(
         volume=replica.name,
         replica_uuid=bytes.fromhex(store.identity.uuid),
@@ -175,12 +198,50 @@ async def _describe(replica: Replica) -> pb.Replica:
         generation=newest.number if newest else 0,
         commit_id=newest.commit_id if newest else b"",
         committed_at_us=newest.committed_at_us if newest else 0,
-        bytes_held=await in_thread(store.total_bytes_held),
+        bytes_held=await in_thread(bytes_held, store.directory),
         path=str(replica.path or ""),
         session_client=session.client if session else "",
         pool=replica.pool,
         kind=store.content.kind,
+        scrub=_scrub_to_wire(scrub) if scrub is not None else None,
+        notice=RESTORED_REPLICA.format(_date(pool.restored_at_us)) if pool.is_behind(replica) else "",
     )
     if promoted is not None:
         described.promotion.CopyFrom(_promotion(replica, promoted))
     return described
+
+
+def _scrub_to_wire(scrub: ScrubRecord) -> pb.Scrub:
+    return pb.Scrub(
+        at_us=scrub.at_us,
+        generation=scrub.generation,
+        bytes=scrub.bytes,
+        rotten=[pb.ReadRange(offset=offset, length=length) for offset, length in scrub.rotten],
+        problem=scrub.problem,
+    )
+
+
+async def _describe_pool(pool: Pool) -> pb.Pool:
+    replicas = pool.list()
+    behind = sum(pool.is_behind(replica) for replica in replicas)
+    description = pb.Pool(
+        name=pool.name,
+        path=str(pool.path),
+        kind="clones" if pool.clones else "journal",
+        quota=pool.room.limits.quota,
+        replicas=len(replicas),
+        notice=RESTORED_POOL.format(_date(pool.restored_at_us), behind, len(replicas)) if behind else "",
+    )
+    try:
+        found = await pool.room.measure()
+        description.total, description.free, description.reserve = found.total, found.free, found.reserve
+        for replica in replicas:
+            description.bytes_held += await in_thread(bytes_held, replica.store.directory)
+    except OSError as error:
+        # One that cannot be looked at hides none of the others.
+        description.problem = f"it cannot be looked at: {_why(error)}"
+    return description
+
+
+def _date(microseconds: int) -> str:
+    return datetime.fromtimestamp(microseconds / 1e6, UTC).isoformat(timespec="seconds")

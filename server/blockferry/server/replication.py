@@ -22,7 +22,7 @@ from blockferry.common.wire import (
 )
 from blockferry.server.changes import ChangeReceiver
 from blockferry.server.generations import Point
-from blockferry.server.pool import Pool
+from blockferry.server.pools import Pools
 from blockferry.server.replica import Replica
 from blockferry.v1 import replication_pb2 as pb
 
@@ -35,12 +35,12 @@ COMMIT_ID_SIZE = 16
 
 
 class ReplicationService:
-    """Serves `blockferry.v1.Replication` over one pool."""
+    """Serves `blockferry.v1.Replication` over all pools."""
 
     RAW_METHODS = ("ApplyChanges",)
 
-    def __init__(self, pool: Pool, bytes_in_flight: int) -> None:
-        self._pool = pool
+    def __init__(self, pools: Pools, bytes_in_flight: int) -> None:
+        self._pools = pools
         self._budget = ByteBudget(bytes_in_flight)
 
     async def OpenSession(self, request: pb.OpenSessionRequest, _: Context) -> pb.OpenSessionResponse:
@@ -52,7 +52,7 @@ class ReplicationService:
         Geometry(request.size, request.region_size or BLOCK_SIZE * 256)
         if request.size > (1 << 63) - 1:
             raise _invalid(f"a volume of {request.size} bytes is not possible", "files end at 2^63 - 1 bytes")
-        replica = await self._pool.get_or_create(request.volume, request.region_size)
+        replica = await self._pools.get_or_create(request.volume, request.region_size, request.pool)
         session = await replica.open_session(request)
         newest = replica.store.generations.newest
         return pb.OpenSessionResponse(
@@ -79,7 +79,7 @@ class ReplicationService:
             found = await replica.session_allocation(request.session, request.region_size)
             header = _header(replica, None)
         else:
-            replica = self._pool.get(request.point.volume)
+            replica = self._pools.get(request.point.volume)
             unfinished = request.point.number == 0 and replica.store.generations.newest is None
             header = _header(replica, None if unfinished else replica.points.resolve(request.point.number))
             async with (
@@ -104,7 +104,7 @@ class ReplicationService:
                 )
                 yield pb.GetRegionDigestsResponse(digests=found, bytes_read=read)
             return
-        replica = self._pool.get(request.point.volume)
+        replica = self._pools.get(request.point.volume)
         _check_key(request.key)
         async with replica.points.reading(request.point.number) as volume:
             region_size = replica.store.identity.region_size
@@ -151,7 +151,7 @@ class ReplicationService:
             if len(commit.commit_id) != COMMIT_ID_SIZE:
                 raise _invalid("the commit id is not usable", f"it has {COMMIT_ID_SIZE} bytes")
             keep = retention_from_wire(commit.keep) if commit.HasField("keep") else None
-            point = await self._pool.get(commit.volume).commit(commit.session, commit.commit_id, keep)
+            point = await self._pools.get(commit.volume).commit(commit.session, commit.commit_id, keep)
             response.commits.add(
                 volume=commit.volume,
                 generation=point.number,
@@ -161,13 +161,13 @@ class ReplicationService:
         return response
 
     async def AbortSession(self, request: pb.AbortSessionRequest, _: Context) -> pb.AbortSessionResponse:
-        replica = self._pool.find_session(request.session.session_id)
+        replica = self._pools.find_session(request.session.session_id)
         if replica is not None:
             await replica.abort(request.session, discard=request.discard)
         return pb.AbortSessionResponse()
 
     def _by_session(self, ref: pb.SessionRef) -> Replica:
-        replica = self._pool.find_session(ref.session_id)
+        replica = self._pools.find_session(ref.session_id)
         if replica is None:
             raise BlockferryError(
                 Code.STALE_EPOCH,

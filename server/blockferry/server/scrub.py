@@ -1,19 +1,63 @@
-"""Re-read a committed generation and compare it with the digests recorded when it was committed."""
+"""Re-read a committed generation and compare it with the digests recorded when it was committed.
+
+What came of the newest generation is kept in `scrub.json`, whoever asked for it.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncGenerator
 
+import msgspec
+import structlog
 from blockferry.common.digests import REGION_DIGEST_SIZE
+from blockferry.common.durable import write_atomic
 from blockferry.common.regions import Geometry, runs_of, split_runs
 from blockferry.common.volumes import in_thread
 from blockferry.server.cache import DigestCache
 from blockferry.server.replica import Replica
+from blockferry.server.store import Store
 from blockferry.v1 import replicas_pb2 as pb
 from pyroaring import BitMap
 
+log = structlog.get_logger("blockferry.scrub")
+
 BATCH_SIZE = 8 * 1024 * 1024
 """Bytes read and hashed between two messages."""
+
+NAME = "scrub.json"
+
+
+class ScrubRecord(msgspec.Struct, frozen=True):
+    """The last time a newest generation was re-read. `at_us` in microseconds since 1970; `rotten` are (offset, length);
+    `problem` says why it could not be read to its end."""
+
+    at_us: int
+    generation: int
+    bytes: int = 0
+    rotten: list[tuple[int, int]] = []
+    problem: str = ""
+
+
+def last_scrub(store: Store) -> ScrubRecord | None:
+    """What came of the last one, or None where nothing usable is known."""
+    try:
+        return msgspec.json.decode((store.directory / NAME).read_bytes(), type=ScrubRecord)
+    except (OSError, UnicodeDecodeError, msgspec.MsgspecError):
+        return None
+
+
+def record_scrub(store: Store, record: ScrubRecord) -> None:
+    """Keep what came of one, durably. A disk that does not take it is logged: what was found is true all the same."""
+    try:
+        write_atomic(store.directory / NAME, msgspec.json.encode(record))
+    except OSError as error:
+        log.warning("cannot keep what a scrub found", path=str(store.directory), error=str(error))
+
+
+def now_us() -> int:
+    """Microseconds since 1970."""
+    return time.time_ns() // 1000
 
 
 async def verify_point(replica: Replica, number: int) -> AsyncGenerator[pb.VerifyReplicaResponse, None]:
@@ -22,6 +66,8 @@ async def verify_point(replica: Replica, number: int) -> AsyncGenerator[pb.Verif
     store = replica.store
     region_size = store.identity.region_size
     geometry = Geometry(point.size, region_size)
+    is_newest = point == store.generations.newest
+    all_rotten = BitMap()
     recorded = await in_thread(store.recorded_digests, point) or DigestCache()
     async with replica.points.reading(point.number) as volume:
         await in_thread(store.content.forget_pages, point)
@@ -45,4 +91,17 @@ async def verify_point(replica: Replica, number: int) -> AsyncGenerator[pb.Verif
                 response.rotten.add(offset=offset, length=length)
             if rotten:
                 store.distrust(point)
+                all_rotten |= rotten
             yield response
+    ranges = [geometry.extent(*run) for run in runs_of(all_rotten, geometry.count)]
+    if ranges:
+        log.error(
+            "a generation is not what was committed",
+            volume=replica.name,
+            generation=point.number,
+            ranges=len(ranges),
+            bytes=sum(length for _, length in ranges),
+            first_offset=ranges[0][0],
+        )
+    if is_newest:
+        await in_thread(record_scrub, store, ScrubRecord(now_us(), point.number, total, ranges))

@@ -45,6 +45,8 @@ _LOG = "commits.log"
 _SESSION = "session.json"
 _PROGRESS = "progress.json"
 _CLEAN = "clean.json"
+VOUCHERS = (_CLEAN, _PROGRESS)
+"""Files by which content is believed without reading it."""
 _DIGESTS = ".digests"
 NEW_PREFIX = ".new-"
 _UUID_SIZE = 16

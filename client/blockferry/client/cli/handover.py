@@ -6,11 +6,12 @@ import argparse
 import sys
 
 from blockferry.client.cli.main import Command
-from blockferry.client.cli.render import Console, human_bytes
+from blockferry.client.cli.render import Console
 from blockferry.client.cli.replicate import connected, promotion_fields
 from blockferry.client.report import SCHEMA, Progress
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.rpc import Connection
+from blockferry.common.units import human_bytes
 from blockferry.v1 import replicas_pb2 as pb
 from blockferry.v1.replication_pb2 import PointRef
 

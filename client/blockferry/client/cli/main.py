@@ -17,44 +17,24 @@ from typing import NoReturn
 import uvloop
 from blockferry.client.cli.render import Console
 from blockferry.common import linux, retention
+from blockferry.common.address import check_volume_name
+from blockferry.common.arguments import argument
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import check_region_size
-from blockferry.common.retention import Retention
+from blockferry.common.units import parse_size
 
 Command = Callable[[argparse.Namespace, Console], Awaitable[int]]
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `64K`, `1M`, `100`; K, M, G and T are binary."""
-    number, unit = text[:-1], text[-1:].upper()
-    if unit not in _UNITS:
-        number, unit = text, ""
-    if not (number.isascii() and number.isdigit()) or len(number) > 15:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write a number with K, M, G or T")
-    return int(number) * _UNITS[unit]
-
 
 def _parse_region_size(text: str) -> int:
-    try:
-        return check_region_size(parse_size(text))
-    except BlockferryError as error:
-        raise argparse.ArgumentTypeError(error.line()) from error
+    return check_region_size(parse_size(text))
 
 
 def _parse_rate(text: str) -> int:
     rate = parse_size(text)
     if rate < 1:
-        raise argparse.ArgumentTypeError("a bandwidth limit is at least 1 byte per second")
+        raise BlockferryError(Code.USAGE, "a bandwidth limit is at least 1 byte per second")
     return rate
-
-
-def _parse_retention(text: str) -> Retention:
-    try:
-        return retention.parse(text)
-    except BlockferryError as error:
-        raise argparse.ArgumentTypeError(error.line()) from error
 
 
 class _Parser(argparse.ArgumentParser):
@@ -99,13 +79,19 @@ def build_parser() -> argparse.ArgumentParser:
         one.add_argument("source", metavar="SOURCE", help="raw image, or grpc://HOST:PORT/VOLUME[@NUMBER]")
         one.add_argument("destination", metavar="DEST", help="grpc://HOST:PORT/VOLUME")
         one.add_argument(
-            "--region-size", type=_parse_region_size, default=0, metavar="SIZE",
+            "--region-size", type=argument(_parse_region_size), default=0, metavar="SIZE",
             help="for a replica that does not exist yet: 64K to 16M, a power of two (default 1M)",
         )  # fmt: skip
         one.add_argument("--grow", action="store_true", help="enlarge the replica if the source is larger")
-    synced.add_argument("--bwlimit", type=_parse_rate, default=0, metavar="RATE", help="bytes per second, such as 100M")
+        one.add_argument(
+            "--pool", type=argument(check_volume_name), metavar="NAME",
+            help="for a replica that does not exist yet: the pool to make it in (default: the server's first)",
+        )  # fmt: skip
     synced.add_argument(
-        "--keep", type=_parse_retention, metavar="RULES",
+        "--bwlimit", type=argument(_parse_rate), default=0, metavar="RATE", help="bytes per second, such as 100M"
+    )
+    synced.add_argument(
+        "--keep", type=argument(retention.parse), metavar="RULES",
         help="recovery points to keep from now on, such as last=12,hourly=24,daily=7",
     )  # fmt: skip
     synced.add_argument("--live", action="store_true", help="accept a source that is mounted or open for writing")
@@ -151,14 +137,18 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     for one in (promoted, demoted, deleted):
         one.add_argument("--yes", action="store_true", help="do not ask for the name of the replica")
+    pool = commands.add_parser("pool", help="look at pools").add_subparsers(
+        dest="subcommand", required=True, metavar="COMMAND"
+    )
+    add(pool, "list", "list the pools of a server and the room they have").add_argument("address", metavar="ADDRESS")
     return parser
 
 
 def _find(arguments: argparse.Namespace) -> Command:
-    from blockferry.client.cli import handover, replicate
+    from blockferry.client.cli import handover, pools, replicate
 
     name = "_".join(filter(None, (arguments.command, getattr(arguments, "subcommand", None))))
-    return {**replicate.COMMANDS, **handover.COMMANDS}[name]
+    return {**replicate.COMMANDS, **handover.COMMANDS, **pools.COMMANDS}[name]
 
 
 async def _run(command: Command, arguments: argparse.Namespace, console: Console) -> int:

@@ -13,21 +13,11 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 
 from blockferry.client.report import Phase, Progress
 from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.units import human_bytes
 
 REFRESH_SECONDS = 0.1
 PLAIN_SECONDS = 10.0
 """Without a terminal a line of progress every this often: silence worries people, and a log should not be flooded."""
-
-
-def human_bytes(count: float) -> str:
-    """Bytes with a binary unit: `1.5 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        text = f"{count:.0f}" if unit == "B" else f"{count:.1f}"
-        # As it is shown: 1023.99 KiB are 1.0 MiB, not 1024.0 KiB.
-        if float(text) < 1024:
-            return f"{text} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def human_seconds(seconds: float) -> str:

@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
 from blockferry.client.cli.main import Command
-from blockferry.client.cli.render import Console, human_bytes, human_seconds, table
+from blockferry.client.cli.render import Console, human_seconds, table
+from blockferry.client.forecast import Forecast
 from blockferry.client.plan import Plan
 from blockferry.client.report import SCHEMA, Progress, plan_report
 from blockferry.client.sync import SyncOptions, plan, sync
@@ -16,6 +17,7 @@ from blockferry.client.verify import verify
 from blockferry.common.address import Address
 from blockferry.common.regions import DEFAULT_REGION_SIZE
 from blockferry.common.rpc import Connection
+from blockferry.common.units import human_bytes
 from blockferry.common.volumes import Volume, open_volume
 from blockferry.v1 import replicas_pb2 as pb
 from blockferry.v1.replication_pb2 import PointRef
@@ -32,6 +34,7 @@ def _options(arguments: argparse.Namespace) -> SyncOptions:
         live=getattr(arguments, "live", False),
         insecure=arguments.insecure,
         keep=getattr(arguments, "keep", None),
+        pool=arguments.pool or "",
         state_directory=getattr(arguments, "state_dir", None),
     )
 
@@ -61,9 +64,12 @@ async def connected(arguments: argparse.Namespace) -> AsyncIterator[Connection]:
 async def _plan(arguments: argparse.Namespace, console: Console) -> int:
     destination = Address.parse(arguments.destination).require_volume()
     async with _opened(arguments.source, arguments) as source:
-        decided = await plan(source, destination, _options(arguments))
-    report = plan_report(arguments.source, arguments.destination, decided)
-    console.result(report, [f"{arguments.source} -> {arguments.destination}", *_plan_lines(decided)])
+        decided, forecast = await plan(source, destination, _options(arguments))
+    report = plan_report(arguments.source, arguments.destination, decided, forecast)
+    lines = [f"{arguments.source} -> {arguments.destination}", *_plan_lines(decided)]
+    if forecast is not None:
+        lines.append(_forecast_line(forecast))
+    console.result(report, lines)
     return 0
 
 
@@ -87,6 +93,16 @@ def _plan_lines(decided: Plan) -> list[str]:
     return lines
 
 
+def _forecast_line(forecast: Forecast) -> str:
+    needed = f"at most {human_bytes(forecast.needed_max)} more on the disk"
+    room = (
+        f"pool {forecast.pool} has {human_bytes(forecast.free)} free and keeps {human_bytes(forecast.reserve)} of them"
+    )
+    if forecast.quota:
+        room += f"; the replica holds {human_bytes(forecast.held)} of its quota of {human_bytes(forecast.quota)}"
+    return f"  {needed}: {'it fits' if forecast.fits else 'it MAY NOT FIT'} ({room})"
+
+
 async def _sync(arguments: argparse.Namespace, console: Console) -> int:
     destination = Address.parse(arguments.destination).require_volume()
     progress = Progress()
@@ -100,7 +116,7 @@ def _sync_lines(report: dict[str, object]) -> list[str]:
     regions, results, moved, seconds = (report[name] for name in ("regions", "results", "bytes", "seconds"))
     assert isinstance(regions, dict) and isinstance(results, dict)
     assert isinstance(moved, dict) and isinstance(seconds, dict)
-    return [
+    lines = [
         f"{report['source']} -> {report['destination']}: generation {report['generation']} committed",
         f"  regions    {regions['skip']} skipped, {regions['unmap']} unmapped, "
         f"{regions['send']} to send, {regions['compare']} to compare",
@@ -111,6 +127,9 @@ def _sync_lines(report: dict[str, object]) -> list[str]:
         f"{human_bytes(moved['destination_read'])} at the destination",
         f"  took       {seconds['total']:.1f} s",
     ]
+    if report["warning"]:
+        lines.append(f"  WARNING    {report['warning']}")
+    return lines
 
 
 # --- verify -----------------------------------------------------------------------------------------------------
@@ -197,7 +216,42 @@ def _replica_fields(replica: pb.Replica) -> dict[str, object]:
         "kind": replica.kind,
         "session_client": replica.session_client or None,
         "promotion": promotion_fields(replica.promotion) if replica.HasField("promotion") else None,
+        "scrub": _scrub_fields(replica),
+        "notice": replica.notice or None,
     }
+
+
+def _scrub_fields(replica: pb.Replica) -> dict[str, object] | None:
+    if not replica.HasField("scrub"):
+        return None
+    return {
+        "at": _time(replica.scrub.at_us),
+        "generation": replica.scrub.generation,
+        "bytes": replica.scrub.bytes,
+        "rotten": [{"offset": one.offset, "length": one.length} for one in replica.scrub.rotten],
+        "problem": replica.scrub.problem or None,
+    }
+
+
+def _scrub_age(replica: pb.Replica) -> str:
+    """For a table: how long ago, and whether something was wrong."""
+    scrub = replica.scrub
+    mark = "ROTTEN " if scrub.rotten else "FAILED " if scrub.problem else ""
+    return mark + _age(scrub.at_us)
+
+
+def _scrub_line(replica: pb.Replica) -> str:
+    scrub = replica.scrub
+    if not scrub.at_us:
+        return "never"
+    if scrub.problem:
+        found = f"FAILED: {scrub.problem}"
+    elif scrub.rotten:
+        rotten = sum(one.length for one in scrub.rotten)
+        found = f"{human_bytes(rotten)} in {len(scrub.rotten)} ranges were ROTTEN: see blockferry replica verify"
+    else:
+        found = f"{human_bytes(scrub.bytes)} read, all sound"
+    return f"{_age(scrub.at_us)}, generation {scrub.generation}: {found}"
 
 
 def _time(microseconds: int) -> str | None:
@@ -214,15 +268,17 @@ def _age(microseconds: int) -> str:
 async def _replica_list(arguments: argparse.Namespace, console: Console) -> int:
     async with connected(arguments) as connection:
         response = await connection.call("Replicas/ListReplicas", pb.ListReplicasRequest(), pb.ListReplicasResponse)
-    rows = [("VOLUME", "STATE", "GENERATION", "COMMITTED", "SIZE", "HELD")]
+    rows = [("VOLUME", "STATE", "GENERATION", "COMMITTED", "SCRUBBED", "SIZE", "HELD", "POOL")]
     rows += [
         (
             replica.volume,
             pb.ReplicaState.Name(replica.state).removeprefix("REPLICA_STATE_"),
             str(replica.generation or "-"),
             _age(replica.committed_at_us),
+            _scrub_age(replica),
             human_bytes(replica.size),
             human_bytes(replica.bytes_held),
+            replica.pool,
         )
         for replica in response.replicas
     ]
@@ -247,13 +303,17 @@ async def _replica_show(arguments: argparse.Namespace, console: Console) -> int:
         f"  committed   {committed}",
         f"  size        {human_bytes(replica.size)} in regions of {human_bytes(replica.region_size)}; "
         f"holds {human_bytes(replica.bytes_held)}",
+        f"  pool        {replica.pool}",
         f"  image       {replica.path or 'none'}",
-        f"  kept as     {replica.kind}, in pool {replica.pool}",
+        f"  kept as     {replica.kind}",
+        f"  scrubbed    {_scrub_line(replica)}",
         f"  session     {replica.session_client or 'none'}",
     ]
     if replica.HasField("promotion"):
         one = replica.promotion
         lines.append(f"  promoted    generation {one.generation}, {_age(one.promoted_at_us)}: {one.path}")
+    if replica.notice:
+        lines.append(f"  NOTICE      {replica.notice}")
     console.result(fields, lines)
     return 0
 

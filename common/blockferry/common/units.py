@@ -1,0 +1,46 @@
+"""Sizes and durations as people write and read them (pure). Sizes are binary: K, M, G and T are 2^10 to 2^40 bytes."""
+
+from __future__ import annotations
+
+from blockferry.common.errors import BlockferryError, Code
+
+_SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_MOST_DIGITS = 15
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `64K`, `1M`, `100`. Raises USAGE."""
+    number, unit = text[:-1], text[-1:].upper()
+    if unit not in _SIZES:
+        number, unit = text, ""
+    if not _is_number(number):
+        raise BlockferryError(Code.USAGE, f"{text!r} is not a size", next="write a number with K, M, G or T")
+    return int(number) * _SIZES[unit]
+
+
+def parse_duration(text: str) -> int:
+    """Seconds of `7d`, `12h`, `30m`, `10s`, and of `0`. Raises USAGE."""
+    if text == "0":
+        return 0
+    number, unit = text[:-1], text[-1:]
+    if unit not in _DURATIONS or not _is_number(number):
+        raise BlockferryError(
+            Code.USAGE, f"{text!r} is not a duration", next="write a number with s, m, h or d, such as 7d, or 0"
+        )
+    return int(number) * _DURATIONS[unit]
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
+
+
+def human_bytes(count: float) -> str:
+    """Bytes with a binary unit: `1.5 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        text = f"{count:.0f}" if unit == "B" else f"{count:.1f}"
+        # As it is shown: 1023.99 KiB are 1.0 MiB, not 1024.0 KiB.
+        if float(text) < 1024:
+            return f"{text} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

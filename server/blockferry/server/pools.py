@@ -1,0 +1,180 @@
+"""All pools of a server, as if they were one: a volume's name is unique over all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockferry.common.address import check_volume_name
+from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.retention import Retention
+from blockferry.server.pool import Pool
+from blockferry.server.replica import Replica
+from blockferry.server.space import UNLIMITED, Limits
+
+DEFAULT_NAME = "main"
+"""The pool of a server that has only one and gives it no name."""
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """A pool as the command line names it."""
+
+    name: str
+    path: Path
+
+
+def parse_pool(text: str) -> PoolSpec:
+    """`[NAME=]DIR`; what stands before the first `=` is a name unless it has a slash. Raises INVALID_ARGUMENT."""
+    name, equals, path = text.partition("=")
+    if not equals or "/" in name:
+        name, path = DEFAULT_NAME, text
+    if not path:
+        raise BlockferryError(
+            Code.INVALID_ARGUMENT, f"{text!r} names no directory", next="write --pool DIR or --pool NAME=DIR"
+        )
+    return PoolSpec(check_volume_name(name), Path(path).absolute())
+
+
+def check_distinct(specs: Sequence[PoolSpec]) -> None:
+    """Raise INVALID_ARGUMENT unless all names differ and no directory is or contains another."""
+    for index, later in enumerate(specs):
+        for earlier in specs[:index]:
+            if earlier.name == later.name:
+                raise _refuse(
+                    earlier,
+                    later,
+                    f"both are called {later.name}",
+                    "give each a name of its own: --pool NAME=DIR",
+                )
+            if _same(earlier.path, later.path):
+                raise _refuse(earlier, later, "they are the same directory", "name each directory once")
+            for outer, inner in ((earlier, later), (later, earlier)):
+                if any(_same(outer.path, parent) for parent in Path(os.path.realpath(inner.path)).parents):
+                    raise _refuse(
+                        earlier, later, f"{inner.path} is inside {outer.path}", "use directories beside each other"
+                    )
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths are one directory, however they are written or mounted."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        # One that does not exist is refused when it is opened.
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _refuse(one: PoolSpec, other: PoolSpec, cause: str, next_step: str) -> BlockferryError:
+    return BlockferryError(
+        Code.INVALID_ARGUMENT,
+        f"cannot use {one.path} and {other.path} as pools of one server",
+        cause=cause,
+        next=next_step,
+    )
+
+
+class Pools:
+    """One or more open pools. New replicas go to the first unless another is named."""
+
+    def __init__(self, pools: Sequence[Pool]) -> None:
+        """Raises IN_USE where two pools hold a replica of the same name."""
+        self._pools = list(pools)
+        places: dict[str, Path] = {}
+        for pool in self._pools:
+            for name in pool.names:
+                if name in places:
+                    raise BlockferryError(
+                        Code.IN_USE,
+                        f"two pools hold a replica called {name}",
+                        cause=f"{places[name]} and {pool.path / name}",
+                        next="move one of the two directories out of its pool, or serve the pools with two servers",
+                        volume=name,
+                    )
+                places[name] = pool.path / name
+
+    @classmethod
+    async def open(cls, specs: Sequence[PoolSpec], lease: float, floor: Retention, limits: Limits = UNLIMITED) -> Pools:
+        """Open every pool, or none. Raises what `Pool.open` and `check_distinct` raise, and IN_USE where two pools hold
+        a replica of the same name."""
+        check_distinct(specs)
+        opened: list[Pool] = []
+        try:
+            for spec in specs:
+                opened.append(await Pool.open(spec.name, spec.path, lease, floor, limits))
+            return cls(opened)
+        except BaseException:
+            for pool in opened:
+                await pool.close()
+            raise
+
+    def __iter__(self) -> Iterator[Pool]:
+        """The pools, in the order they were named."""
+        return iter(self._pools)
+
+    def list(self) -> list[Replica]:
+        """All replicas, by name."""
+        return sorted((replica for pool in self._pools for replica in pool.list()), key=lambda one: one.name)
+
+    def get(self, name: str) -> Replica:
+        """The replica with this name, or NOT_FOUND."""
+        return self._home(name).get(name)
+
+    def home(self, replica: Replica) -> Pool:
+        """The pool a replica is in."""
+        return self._home(replica.name)
+
+    async def get_or_create(self, name: str, region_size: int, pool: str = "") -> Replica:
+        """The replica with this name, made if need be in the pool called `pool` (empty: the first). Raises NOT_FOUND
+        where there is no such pool, and INVALID_ARGUMENT where the replica is in another one."""
+        wanted = self._named(pool) if pool else None
+        home = self._home(name, wanted)
+        if wanted not in (None, home):
+            raise BlockferryError(
+                Code.INVALID_ARGUMENT,
+                f"{name} is not in pool {pool}",
+                cause=f"it exists in pool {home.name}",
+                next=f"leave --pool out, or say --pool {home.name}",
+                volume=name,
+                expected=home.name,
+                found=pool,
+            )
+        return await home.get_or_create(name, region_size)
+
+    async def delete(self, replica: Replica) -> None:
+        """Remove a replica and all its recovery points. Raises IN_USE or WRONG_STATE."""
+        await self.home(replica).delete(replica)
+
+    async def adopt(self, name: str, seed: str, region_size: int, pool: str = "") -> tuple[Replica, int]:
+        """Make a file in the `.seeds` directory of a replica's pool the start of its first sync; the replica, which is
+        made if need be as by `get_or_create`, and its size in bytes."""
+        wanted = self._named(pool) if pool else None
+        return await self._home(name, wanted).adopt(name, seed, region_size)
+
+    def _home(self, name: str, otherwise: Pool | None = None) -> Pool:
+        """The pool that holds a name or is about to, else `otherwise`, else the first."""
+        check_volume_name(name)
+        return next((pool for pool in self._pools if pool.holds(name)), otherwise or self._pools[0])
+
+    def _named(self, name: str) -> Pool:
+        for pool in self._pools:
+            if pool.name == name:
+                return pool
+        raise BlockferryError(
+            Code.NOT_FOUND,
+            f"there is no pool {check_volume_name(name)}",
+            cause=f"this server has {', '.join(pool.name for pool in self._pools)}",
+            next="list what there is with blockferry pool list",
+        )
+
+    def find_session(self, session_id: str) -> Replica | None:
+        """The replica with this open session."""
+        found = (pool.find_session(session_id) for pool in self._pools)
+        return next((replica for replica in found if replica is not None), None)
+
+    async def close(self) -> None:
+        """End all sessions and unlock the directories."""
+        await asyncio.gather(*(pool.close() for pool in self._pools))
