@@ -167,6 +167,7 @@ class Store:
         self._stamps = {}
         self.session = await in_thread(self._read_session)
         await self.content.reload(generations)
+        await in_thread(self._remove_strays)
 
     # --- reading back ---------------------------------------------------------------------------------------------
 
@@ -222,9 +223,11 @@ class Store:
     def total_bytes_held(self) -> int:
         """Bytes of disk of everything; extents shared between clones count once for each of them. Blocking."""
         total = 0
-        for path in self.directory.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                total += path.stat().st_blocks * 512
+        # It may be deleted meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            for path in self.directory.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    total += path.stat().st_blocks * 512
         return total
 
     # --- digests --------------------------------------------------------------------------------------------------
@@ -272,7 +275,11 @@ class Store:
             progress = None
         if progress is None:
             # Durably, and before the first write: what it says is no longer so.
-            await in_thread(remove_durably, self.directory / _PROGRESS)
+            try:
+                await in_thread(remove_durably, self.directory / _PROGRESS)
+            except OSError:
+                await self.content.end(work)
+                raise
             disk.crash_point("open-progress-removed")
         if digests is not None and newest is not None and newest.size != size:
             digests.forget(newest.size // self.identity.region_size)
