@@ -59,11 +59,10 @@ def test_commands_of_the_documents_are_commands() -> None:
     lines = {path.name: [line.split() for line in code_blocks(path)] for path in DOCUMENTS}
     clients = [words for found in lines.values() for words in found if words[:1] == ["blockferry"]]
     servers = [words for found in lines.values() for words in found if words[:1] == ["blockferry-server"]]
-    assert (len(clients), len(servers)) == (11, 1)
+    assert (len(clients), len(servers)) == (25, 2)
     for words in clients:
         build_parser().parse_args(words[1:])
-    for words in servers:
-        assert server_arguments(words[1:]).pool == Path("/srv/replicas")
+    assert {server_arguments(words[1:]).pool for words in servers} == {Path("/srv/replicas"), Path("/srv/home")}
 
 
 def test_commands_in_the_text_are_commands() -> None:
@@ -81,9 +80,10 @@ def test_commands_in_the_text_are_commands() -> None:
 def test_flags_of_the_documents_exist() -> None:
     """Code that begins with a flag means one of ours; flags of other programs come after the program's name."""
     named = {flag for path in DOCUMENTS for flag in re.findall(r"`(--[a-z][a-z-]*)", path.read_text())}
-    helped = [run_help("blockferry-server"), run_help("blockferry", "sync"), run_help("blockferry", "plan")]
+    commands = ("sync", "plan", "replica demote", "replica adopt")
+    helped = [run_help("blockferry-server"), *(run_help("blockferry", *words.split()) for words in commands)]
     known = {flag for text in helped for flag in re.findall(r"--[a-z][a-z-]*", text)}
-    assert {"--keep", "--keep-at-least", "--in-place", "--live"} <= named <= known
+    assert {"--keep", "--keep-at-least", "--keep-changes", "--live"} <= named <= known
 
 
 def run_help(program: str, *arguments: str) -> str:
@@ -95,7 +95,7 @@ def run_help(program: str, *arguments: str) -> str:
 
 def test_every_flag_of_sync_is_in_the_readme() -> None:
     flags = set(re.findall(r"--[a-z][a-z-]*", run_help("blockferry", "sync"))) - {"--help"}
-    assert len(flags) == 10
+    assert len(flags) == 9
     assert {flag for flag in flags if flag not in README} == set()
 
 
@@ -137,7 +137,7 @@ def test_every_call_and_field_of_a_request_is_described() -> None:
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }
-    assert len(calls) == 16
+    assert len(calls) == 17
     assert {call for call in calls if call not in PROTOCOL} == set()
     for message in ("OpenSessionRequest", "ApplyChangesRequest", "ApplyChangesResponse", "SessionCommit"):
         fields = replication_pb2.DESCRIPTOR.message_types_by_name[message].fields_by_name
