@@ -315,3 +315,17 @@ async def test_what_waits_for_a_deletion_is_told(local: Local, monkeypatch: pyte
     assert local.pool.list() == []
     # Whoever had it in hand may still look at it.
     assert replica.store.total_bytes_held() == 0
+
+
+async def test_a_seed_on_another_file_system_is_refused_before_anything_is_written(
+    local: Local, root: Path, tmp_path: Path
+) -> None:
+    """It cannot be moved, and a record of it would stand in the way of another size."""
+    (tmp_path / SEED).write_bytes(content(2))
+    (root / ".seeds").rmdir()
+    (root / ".seeds").symlink_to(tmp_path)
+    await delete(local)
+    with pytest.raises(BlockferryError, match="another file system") as caught:
+        await adopt(local)
+    assert caught.value.code is Code.UNSUPPORTED and local.pool.list() == []
+    assert await asyncio.to_thread((tmp_path / SEED).read_bytes) == content(2)
