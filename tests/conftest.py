@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.filesystems import Unavailable, mounted
 from tests.images import MIB
 from tests.support import Server
 
 XFS_SIZE = 4096 * MIB
 """Bytes of the mounted file system; its backing file is sparse."""
+
+EXT4_SIZE = 1024 * MIB
+"""Bytes of the mounted file system that cannot clone; its backing file is sparse."""
 
 LOG_SHOWN = 4000
 """Characters of a server's log shown with a failure."""
@@ -79,6 +83,17 @@ def xfs_pool_root(xfs_mount: Path | str) -> Path:
     if isinstance(xfs_mount, str):
         pytest.skip(f"no file system with reflinks: {xfs_mount}")
     return xfs_mount
+
+
+@pytest.fixture(scope="session")
+def ext4_pool_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory on a file system that cannot clone files: pools in it keep journals. Skips, saying why, where there
+    is none."""
+    try:
+        with mounted("ext4", tmp_path_factory.mktemp("ext4"), EXT4_SIZE) as mount:
+            yield mount
+    except Unavailable as error:
+        pytest.skip(f"no ext4: {error}")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Commands whose standard error is a pseudo-terminal, so that tests see what people see while a command runs."""
+"""Commands on a pseudo-terminal, so that tests see what people see while a command runs, and type what they type."""
 
 from __future__ import annotations
 
@@ -24,13 +24,18 @@ _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 class OnTerminal:
     """`blockferry` at work on a terminal. Its standard output is not looked at."""
 
-    def __init__(self, *args: object) -> None:
+    def __init__(self, *args: object, typing: bool = False) -> None:
         self._ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(COLUMNS)}
         try:
             self.process = subprocess.Popen(
-                command(*args), stdout=subprocess.DEVNULL, stderr=theirs, env=environment, text=True
+                command(*args),
+                stdin=theirs if typing else None,
+                stdout=subprocess.DEVNULL,
+                stderr=theirs,
+                env=environment,
+                text=True,
             )
         finally:
             os.close(theirs)
@@ -49,6 +54,12 @@ class OnTerminal:
     def drawn(self) -> str:
         """Everything drawn so far, without the escape sequences."""
         return _ESCAPES.sub("", bytes(self._drawn).decode(errors="replace"))
+
+    def type(self, text: str, after: str) -> None:
+        """Type a line once `after` is shown; fail if the command ends before that."""
+        until(lambda: after in self.drawn or self.process.poll() is not None, f"{after!r} is shown")
+        assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.drawn[-2000:]}"
+        os.write(self._ours, f"{text}\n".encode())
 
     def await_stall(self, seconds: int, timeout: float = 60) -> None:
         """Wait until people are told that the destination has not kept up for so long; fail if the command ends."""
@@ -74,9 +85,10 @@ class OnTerminal:
 
 
 @contextlib.contextmanager
-def on_terminal(*args: object) -> Iterator[OnTerminal]:
-    """Start `blockferry` on a terminal of its own; it is killed in the end."""
-    terminal = OnTerminal(*args)
+def on_terminal(*args: object, typing: bool = False) -> Iterator[OnTerminal]:
+    """Start `blockferry` on a terminal of its own, its standard input too if there is `typing`; it is killed in the
+    end."""
+    terminal = OnTerminal(*args, typing=typing)
     try:
         yield terminal
     finally:

@@ -177,7 +177,7 @@ class AdoptionLife:
                 os.close(fd)
                 disk.fsync_directory(seeds)
                 recorder.mark(Brought())
-                await handover.adopt(world.replica, seeds / "seed")
+                await handover.adopt(world.replica, seeds / "seed", 0)
                 recorder.mark(Adopted())
             finally:
                 world.abandon()
@@ -207,7 +207,7 @@ class AdoptionLife:
                 await store.content.end(work)
             else:
                 # It can be asked for again.
-                await handover.adopt(world.replica, seed)
+                await handover.adopt(world.replica, seed, 0)
                 assert store.content.unfinished.read_bytes() == SEED
         finally:
             world.abandon()

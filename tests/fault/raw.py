@@ -162,6 +162,32 @@ class Raw:
         answers = received(self.stream("Replicas/ReadRegions", request, replicas.ReadRegionsResponse))
         return b"".join(answer.data or bytes(answer.zeros) for answer in answers)
 
+    # --- handing over ---------------------------------------------------------------------------------------------
+
+    def promote(self, volume: str, number: int = 0) -> replicas.Promotion:
+        """PromoteReplica, to its end."""
+        request = replicas.PromoteReplicaRequest(point=pb.PointRef(volume=volume, number=number), confirm=volume)
+        answers = received(self.stream("Replicas/PromoteReplica", request, replicas.PromoteReplicaResponse))
+        assert [answer.HasField("promotion") for answer in answers] == [False] * (len(answers) - 1) + [True]
+        promotion = answers[-1].promotion
+        assert isinstance(promotion, replicas.Promotion)
+        return promotion
+
+    def demote(self, volume: str, *, keep_changes: bool) -> replicas.DemoteReplicaResponse:
+        """DemoteReplica."""
+        request = replicas.DemoteReplicaRequest(volume=volume, keep_changes=keep_changes, confirm=volume)
+        return self.call("Replicas/DemoteReplica", request, replicas.DemoteReplicaResponse)
+
+    def delete(self, volume: str) -> None:
+        """DeleteReplica."""
+        request = replicas.DeleteReplicaRequest(volume=volume, confirm=volume)
+        self.call("Replicas/DeleteReplica", request, replicas.DeleteReplicaResponse)
+
+    def adopt(self, volume: str, seed: str, region_size: int = REGION) -> replicas.AdoptReplicaResponse:
+        """AdoptReplica."""
+        request = replicas.AdoptReplicaRequest(volume=volume, seed=seed, region_size=region_size)
+        return self.call("Replicas/AdoptReplica", request, replicas.AdoptReplicaResponse)
+
 
 def finished(call: Any, response: type[M]) -> M:
     """The answer of a call that `begin` started."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from blockferry.common.errors import BlockferryError
+from blockferry.server.pool import SEEDS
 from blockferry.server.session import State
 from blockferry.v1 import replicas_pb2 as replicas
 from blockferry.v1 import replication_pb2 as pb
@@ -33,6 +34,7 @@ FIRST, SECOND = bytes([1]) * 16, bytes([2]) * 16
 """Commit ids."""
 
 POINT = pb.PointRef(volume="v")
+SEED = "old.raw"
 DIGEST_KEY = bytes(32)
 
 Call = Callable[[Local, pb.SessionRef], Awaitable[object]]
@@ -41,6 +43,9 @@ Call = Callable[[Local, pb.SessionRef], Awaitable[object]]
 @pytest.fixture
 async def local(xfs_pool_root: Path, tmp_path: Path) -> AsyncIterator[Local]:
     local = await Local.start(xfs_pool_root / tmp_path.name)
+    seeds = local.pool.path / SEEDS
+    await asyncio.to_thread(seeds.mkdir)
+    await asyncio.to_thread((seeds / SEED).write_bytes, noise(4, SIZE))
     yield local
     await local.stop()
 
@@ -70,6 +75,11 @@ def point_digests(local: Local, _: pb.SessionRef) -> Awaitable[object]:
     return drained(local.replication.GetRegionDigests(request, NO_CONTEXT))
 
 
+def promote(local: Local, _: pb.SessionRef) -> Awaitable[object]:
+    request = replicas.PromoteReplicaRequest(point=POINT, confirm="v")
+    return drained(local.replicas.PromoteReplica(request, NO_CONTEXT))
+
+
 CALLS: dict[tuple[str, str], Call] = {
     ("look", "GetReplica"): lambda local, _: local.show("v"),
     ("look", "ListReplicas"): lambda local, _: local.replicas.ListReplicas(replicas.ListReplicasRequest(), NO_CONTEXT),
@@ -91,6 +101,16 @@ CALLS: dict[tuple[str, str], Call] = {
     ("compare", "GetRegionDigests"): lambda local, ref: local.digests(ref, [(0, 8)]),
     ("commit", "CommitSessions"): lambda local, ref: local.commit("v", ref, SECOND),
     ("abort", "AbortSession"): lambda local, ref: local.abort(ref),
+    ("promote", "PromoteReplica"): promote,
+    ("demote", "DemoteReplica"): lambda local, _: local.replicas.DemoteReplica(
+        replicas.DemoteReplicaRequest(volume="v", keep_changes=True, confirm="v"), NO_CONTEXT
+    ),
+    ("delete", "DeleteReplica"): lambda local, _: local.replicas.DeleteReplica(
+        replicas.DeleteReplicaRequest(volume="v", confirm="v"), NO_CONTEXT
+    ),
+    ("adopt", "AdoptReplica"): lambda local, _: local.replicas.AdoptReplica(
+        replicas.AdoptReplicaRequest(volume="v", seed=SEED, region_size=REGION), NO_CONTEXT
+    ),
 }
 
 
@@ -113,8 +133,7 @@ async def lead_to(local: Local, column: str) -> pb.SessionRef:
     if state == "UPDATING":
         ref = (await local.open("v", SIZE)).session
     if state == "PROMOTED":
-        # No call brings it about.
-        local.replica("v").state = State.PROMOTED
+        await promote(local, ref)
     return ref
 
 
@@ -136,9 +155,7 @@ def test_every_state_and_every_call_is_in_the_table() -> None:
     services = (pb.DESCRIPTOR.services_by_name["Replication"], replicas.DESCRIPTOR.services_by_name["Replicas"])
     known = {method.name for service in services for method in service.methods}
     assert {call for row in BY_STATE.rows for call in calls_of(row)} == known
-    tried = {(first_word(row), call) for row in BY_STATE.rows for call in calls_of(row)}
-    unimplemented = {pair for pair in tried if pair not in CALLS}
-    assert tried - unimplemented == set(CALLS)
+    assert {(first_word(row), call) for row in BY_STATE.rows for call in calls_of(row)} == set(CALLS)
 
 
 @pytest.mark.parametrize(("row", "call", "column"), CASES)
@@ -147,17 +164,12 @@ async def test_what_may_run_in_which_state(local: Local, row: str, call: str, co
     replica = local.replica("v")
     assert replica.state.value == code(column)
     cell = BY_STATE.cells[row, column].strip("`")
-    run = CALLS.get((first_word(row), call))
-    if run is None:
-        assert getattr(local.replicas, call, None) is None, f"{call} exists, and nothing here tries it"
-        assert cell == "UNIMPLEMENTED"
-        return
-
-    before = (replica.state, replica.session, replica.store.session, list(replica.store.generations.points))
-    found = await outcome(run(local, ref))
+    points = replica.store.generations.points
+    before = (replica.state, replica.session, replica.store.session, list(points))
+    found = await outcome(CALLS[first_word(row), call](local, ref))
     assert found == cell
     if found != "yes":
-        assert (replica.state, replica.session, replica.store.session, replica.store.generations.points) == before
+        assert (replica.state, replica.session, replica.store.session, points) == before
 
 
 @pytest.mark.parametrize("column", ["`CONSISTENT`", "`UPDATING`", "`PROMOTED`"])
@@ -183,6 +195,7 @@ HELD: dict[str, tuple[str, Call]] = {
     "flush": ("fsync", lambda local, ref: local.flush(ref)),
     "commit": ("fsync", CALLS["commit", "CommitSessions"]),
     "abort": ("unlink", lambda local, ref: local.abort(ref, discard=True)),
+    "promote": ("fsync", promote),
 }
 """The call of disk.py at which each operation stands still."""
 
@@ -193,6 +206,10 @@ ARRIVING: dict[str, Call] = {
     "flush": lambda local, ref: local.flush(ref),
     "commit": CALLS["commit", "CommitSessions"],
     "abort": CALLS["abort", "AbortSession"],
+    "promote": promote,
+    "demote": CALLS["demote", "DemoteReplica"],
+    "delete": CALLS["delete", "DeleteReplica"],
+    "adopt": CALLS["adopt", "AdoptReplica"],
     "read a point": CALLS["read a point", "ReadRegions"],
     "look": CALLS["look", "ListRecoveryPoints"],
 }
@@ -259,10 +276,17 @@ async def test_what_may_run_together(local: Local, monkeypatch: pytest.MonkeyPat
     found = await arriving
     assert found == (code(cell) if "refused" in cell else "yes")
 
+    if row == "delete" and found == "yes":
+        assert local.pool.list() == [] and not (local.pool.path / "v").exists()
+        return
     replica = local.replica("v")
+    generations = replica.store.generations
     if column == "commit" or (row == "commit" and found == "yes"):
-        assert [point.commit_id for point in replica.store.generations.points][-1] == SECOND
-        assert replica.store.generations.last_number == 2
+        assert [point.commit_id for point in generations.points][-1] == SECOND
+        assert generations.last_number == 2
+    if column == "promote" or row == "promote":
+        assert replica.session is None and replica.state is State.PROMOTED
+        assert generations.promoted is not None and generations.promoted.number == generations.last_number
     elif column == "OpenSession":
         assert replica.session is not None and replica.session.epoch == ref.epoch + 1
     elif row == "abort" or (column == "abort" and row != "OpenSession"):

@@ -60,12 +60,13 @@ def test_commands_of_the_documents_are_commands() -> None:
     lines = {path.name: [line.split() for line in code_blocks(path)] for path in DOCUMENTS}
     clients = [words for found in lines.values() for words in found if words[:1] == ["blockferry"]]
     servers = [words for found in lines.values() for words in found if words[:1] == ["blockferry-server"]]
-    assert (len(clients), len(servers)) == (13, 2)
+    assert (len(clients), len(servers)) == (28, 4)
     for words in clients:
         build_parser().parse_args(words[1:])
     named = {words[2]: server_arguments(words[1:]).pool for words in servers}
     assert named == {
         "/srv/replicas": [PoolSpec("main", Path("/srv/replicas"))],
+        "/srv/home": [PoolSpec("main", Path("/srv/home"))],
         "fast=/srv/nvme": [PoolSpec("fast", Path("/srv/nvme")), PoolSpec("bulk", Path("/srv/disks"))],
     }
 
@@ -85,9 +86,10 @@ def test_commands_in_the_text_are_commands() -> None:
 def test_flags_of_the_documents_exist() -> None:
     """Code that begins with a flag means one of ours; flags of other programs come after the program's name."""
     named = {flag for path in DOCUMENTS for flag in re.findall(r"`(--[a-z][a-z-]*)", path.read_text())}
-    helped = [run_help("blockferry-server"), run_help("blockferry", "sync"), run_help("blockferry", "plan")]
+    commands = ("sync", "plan", "replica demote", "replica adopt")
+    helped = [run_help("blockferry-server"), *(run_help("blockferry", *words.split()) for words in commands)]
     known = {flag for text in helped for flag in re.findall(r"--[a-z][a-z-]*", text)}
-    assert {"--keep", "--keep-at-least", "--live"} <= named <= known
+    assert {"--keep", "--keep-at-least", "--keep-changes", "--live"} <= named <= known
 
 
 def run_help(program: str, *arguments: str) -> str:
@@ -99,7 +101,7 @@ def run_help(program: str, *arguments: str) -> str:
 
 def test_every_flag_of_sync_is_in_the_readme() -> None:
     flags = set(re.findall(r"--[a-z][a-z-]*", run_help("blockferry", "sync"))) - {"--help"}
-    assert len(flags) == 10
+    assert len(flags) == 9
     assert {flag for flag in flags if flag not in README} == set()
 
 

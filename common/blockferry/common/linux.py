@@ -271,3 +271,14 @@ def writers_of(path: Path) -> list[str]:
         except (OSError, IndexError, ValueError):
             continue
     return sorted(set(found))
+
+
+def users_of(path: Path, fd: int) -> list[str]:
+    """Who may be changing a file, in words: loop devices over it, and processes that have it open for writing. `fd` is
+    the file, open read-only."""
+    found = [f"{device} (loop device)" for device in loop_devices_over(path)]
+    if opened_for_writing(fd):
+        found += writers_of(path)
+        if not found:
+            found.append("a process that cannot be seen from here")
+    return found

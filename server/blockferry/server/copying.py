@@ -91,6 +91,7 @@ async def copy(source: Volume, target: Volume, progress: Callable[[int, int], No
     for batch in _batches(wanted):
         await source.read_many(batch)
         await target.write(await in_thread(_nonzero, batch))
+        crash_point("promote-copying")
         done += sum(len(part) for _, part in batch)
         progress(done, total)
 

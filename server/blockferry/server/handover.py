@@ -18,13 +18,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import structlog
 from blockferry.common import disk, linux
 from blockferry.common.durable import rename_durably
-from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.volumes import in_thread
 from blockferry.server.generations import Point, Promotion
 from blockferry.server.replica import Replica, as_ours
 from blockferry.server.session import Event, State, transition
+
+log = structlog.get_logger("blockferry.handover")
 
 COMMIT_ID_SIZE = 16
 
@@ -44,13 +47,16 @@ async def promote(replica: Replica, number: int, progress: Progress) -> Promotio
 async def _promote(replica: Replica, number: int, progress: Progress) -> Promotion:
     store = replica.store
     async with replica.gate.closed():
-        done = store.generations.promoted
-        if done is not None and done.number == (number or done.number):
-            return done
+        replica.refuse_if_gone()
         point = replica.points.resolve(number)
+        done = store.generations.promoted
+        if done is not None and done.number == point.number:
+            return done
+        _refuse_unfinished(replica, "promote")
         state = transition(replica.name, replica.state, Event.PROMOTE)
         await _refuse_without_room(replica, point)
         await replica.end_session()
+        replica.state = replica.state_at_rest()
         await store.discard_work()
         # From here on sessions are refused, and no commit drops a point.
         replica.state = state
@@ -71,6 +77,18 @@ async def _promote(replica: Replica, number: int, progress: Progress) -> Promoti
         raise ours from error
     disk.crash_point("promote-recorded")
     return promotion
+
+
+def _refuse_unfinished(replica: Replica, verb: str) -> None:
+    """While a point is copied the replica is promoted already, and nothing is handed out yet."""
+    if replica.state is State.PROMOTED and replica.store.generations.promoted is None:
+        raise BlockferryError(
+            Code.WRONG_STATE,
+            f"cannot {verb} {replica.name}",
+            cause="its promotion has not finished",
+            next="wait until it has: blockferry replica show says so",
+            volume=replica.name,
+        )
 
 
 def _make_durable(temporary: Path, target: Path) -> None:
@@ -110,17 +128,11 @@ async def demote(replica: Replica, *, keep_changes: bool) -> Point:
 
 async def _demote(replica: Replica, keep_changes: bool) -> Point:
     async with replica.gate.closed():
+        replica.refuse_if_gone()
         state = transition(replica.name, replica.state, Event.DEMOTE)
+        _refuse_unfinished(replica, "demote")
         store, image = replica.store, replica.store.content.promoted
-        newest = store.generations.newest
-        if store.generations.promoted is None or newest is None:
-            raise BlockferryError(
-                Code.WRONG_STATE,
-                f"cannot demote {replica.name}",
-                cause="its promotion has not finished",
-                next="wait until it has",
-                volume=replica.name,
-            )
+        newest = replica.points.resolve(0)
         await in_thread(_refuse_in_use, replica.name, image)
         size = newest.size
         try:
@@ -139,22 +151,33 @@ async def _demote(replica: Replica, keep_changes: bool) -> Point:
             finally:
                 await store.content.end(work)
         except (OSError, BlockferryError) as error:
-            await replica.believe_the_disk()
             ours = as_ours(error, f"cannot demote {replica.name}")
             ours.volume = replica.name
+            await replica.believe_the_disk()
+            # It may be half of what it was to be, and its space is needed.
+            await store.discard_work()
             raise ours from error
         replica.state = state
         disk.crash_point("demote-recorded")
-        await in_thread(disk.unlink, image)
+        try:
+            await in_thread(disk.unlink, image)
+        except OSError as error:
+            # It is demoted all the same. What is left goes with the next start.
+            log.error("cannot remove what was promoted", volume=replica.name, error=str(error))
         await replica.points.retire()
     replica.complete_soon()
     return point
 
 
 def _refuse_in_use(name: str, image: Path) -> None:
-    if not image.exists():
+    try:
+        fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
         return
-    users = [f"{device} (loop device)" for device in linux.loop_devices_over(image)] + linux.writers_of(image)
+    try:
+        users = linux.users_of(image, fd)
+    finally:
+        os.close(fd)
     if users:
         raise BlockferryError(
             Code.IN_USE,
@@ -192,14 +215,16 @@ def _checked_size(name: str, image: Path, least: int) -> int:
 # --- adopt ------------------------------------------------------------------------------------------------------
 
 
-async def adopt(replica: Replica, seed: Path) -> int:
+async def adopt(replica: Replica, seed: Path, region_size: int) -> int:
     """Make an image that lies in the pool the work of the replica's first sync; its size in bytes. The replica must
-    have nothing. Raises NOT_FOUND, UNSUPPORTED, IN_USE, WRONG_STATE."""
-    return await replica.to_the_end(_adopt(replica, seed))
+    have nothing. Raises REGION_SIZE_MISMATCH, WRONG_STATE, and what `check_seed` does."""
+    return await replica.to_the_end(_adopt(replica, seed, region_size))
 
 
-async def _adopt(replica: Replica, seed: Path) -> int:
+async def _adopt(replica: Replica, seed: Path, region_size: int) -> int:
     async with replica.gate.closed():
+        replica.refuse_if_gone()
+        replica.refuse_other_region_size(region_size)
         store = replica.store
         if replica.session is not None or store.generations.newest is not None or store.content.has_work():
             raise BlockferryError(
@@ -209,17 +234,19 @@ async def _adopt(replica: Replica, seed: Path) -> int:
                 next="adopt it under another name, or delete the replica first; nothing was changed",
                 volume=replica.name,
             )
-        size = await in_thread(_checked_seed, replica.name, seed)
+        size = await in_thread(check_seed, replica.name, seed)
         try:
             await store.adopt(seed)
         except OSError as error:
             await replica.believe_the_disk()
             raise as_ours(error, f"cannot adopt {seed.name} as {replica.name}") from error
+        disk.crash_point("adopt-moved")
         replica.state = State.SYNCING
         return size
 
 
-def _checked_seed(name: str, seed: Path) -> int:
+def check_seed(name: str, seed: Path) -> int:
+    """Bytes of an image that may be adopted. Raises NOT_FOUND, UNSUPPORTED, UNREADABLE or IN_USE. Blocking."""
     what = f"cannot adopt {seed.name} as {name}"
     try:
         info = os.lstat(seed)
@@ -236,7 +263,24 @@ def _checked_seed(name: str, seed: Path) -> int:
         raise BlockferryError(
             Code.UNSUPPORTED, what, cause=f"it {kind}", next="put a raw image there, not a link", volume=name
         )
-    users = [f"{device} (loop device)" for device in linux.loop_devices_over(seed)] + linux.writers_of(seed)
+    if info.st_dev != os.stat(seed.parent.parent).st_dev:
+        raise BlockferryError(
+            Code.UNSUPPORTED,
+            what,
+            cause="it lies on another file system than the pool",
+            next=f"make {seed.parent} a directory of the pool, and copy it there",
+            volume=name,
+        )
+    try:
+        # Afterwards it is ours to write.
+        os.close(os.open(seed, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC))
+        fd = os.open(seed, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise from_os_error(error, what, volume=name) from error
+    try:
+        users = linux.users_of(seed, fd)
+    finally:
+        os.close(fd)
     if users:
         raise BlockferryError(
             Code.IN_USE,

@@ -80,7 +80,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         type=argument(parse_size),
         default=0,
         metavar="SIZE",
-        help="bytes of changes that one session may put into a journal, in pools that cannot clone (default 0: any number)",
+        help="bytes of changes of one session, in pools that cannot clone files (default 0: any number)",
     )
     parser.add_argument(
         "--scrub-every",

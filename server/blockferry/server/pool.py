@@ -175,12 +175,19 @@ class Pool:
 
     async def delete(self, replica: Replica) -> None:
         """Remove a replica and all its recovery points. Raises IN_USE or WRONG_STATE."""
+        await replica.to_the_end(self._delete(replica))
+
+    async def _delete(self, replica: Replica) -> None:
         await replica.retire_for_good()
         grave = self.path / f"{_DELETED_PREFIX}{uuid.uuid4().hex}"
         try:
             await in_thread(disk.rename, self.path / replica.name, grave)
             await in_thread(disk.fsync_directory, self.path)
         except OSError as error:
+            del self._replicas[replica.name]
+            if (self.path / replica.name).exists():
+                # It was let go of, and is still there.
+                await self._make(replica.name, replica.store.identity.region_size)
             raise from_os_error(error, f"cannot delete {replica.name}", volume=replica.name) from error
         del self._replicas[replica.name]
         disk.crash_point("delete-renamed")
@@ -191,8 +198,10 @@ class Pool:
         """Make `seed`, a file in the pool's `.seeds` directory, the start of a first sync; returns the replica and its
         size in bytes."""
         path = self.path / SEEDS / check_volume_name(seed)
+        # Before the replica is made: a slip of the pen leaves nothing.
+        await in_thread(handover.check_seed, name, path)
         replica = await self.get_or_create(name, region_size)
-        return replica, await handover.adopt(replica, path)
+        return replica, await handover.adopt(replica, path, region_size)
 
     def find_session(self, session_id: str) -> Replica | None:
         """The replica with this open session."""

@@ -136,7 +136,7 @@ class Replica:
 
     async def _open_session(self, request: pb.OpenSessionRequest, opened: list[Session]) -> Session:
         async with self.gate.closed():
-            self._refuse_if_gone()
+            self.refuse_if_gone()
             self._refuse_if_held(request.resume_session_id)
             self._refuse_other_geometry(request)
             await self._room.check_start()
@@ -171,7 +171,8 @@ class Replica:
             digests=digests,
         )
 
-    def _refuse_if_gone(self) -> None:
+    def refuse_if_gone(self) -> None:
+        """Raise NOT_FOUND if it was deleted; the caller has closed the gate."""
         if self.gone:
             raise BlockferryError(
                 Code.NOT_FOUND,
@@ -196,18 +197,9 @@ class Replica:
             )
 
     def _refuse_other_geometry(self, request: pb.OpenSessionRequest) -> None:
-        identity, generations = self.store.identity, self.store.generations
+        self.refuse_other_region_size(request.region_size)
+        generations = self.store.generations
         size = generations.committed_size or generations.adopted_size
-        if request.region_size not in (0, identity.region_size):
-            raise BlockferryError(
-                Code.REGION_SIZE_MISMATCH,
-                f"{self.name} has another region size",
-                cause=f"the replica has {identity.region_size} bytes, the sync asks for {request.region_size}",
-                next="leave --region-size out: it is fixed when the replica is created",
-                volume=self.name,
-                expected=str(identity.region_size),
-                found=str(request.region_size),
-            )
         if size is None or request.size == size or (request.grow and request.size > size):
             return
         smaller = request.size < size
@@ -223,25 +215,50 @@ class Replica:
             found=str(request.size),
         )
 
+    def refuse_other_region_size(self, asked: int) -> None:
+        """Raise REGION_SIZE_MISMATCH unless `asked` is the replica's own, or 0."""
+        own = self.store.identity.region_size
+        if asked not in (0, own):
+            raise BlockferryError(
+                Code.REGION_SIZE_MISMATCH,
+                f"{self.name} has another region size",
+                cause=f"the replica has {own} bytes, and {asked} are asked for",
+                next="leave --region-size out: it is fixed when the replica is created",
+                volume=self.name,
+                expected=str(own),
+                found=str(asked),
+            )
+
     # --- fenced use -----------------------------------------------------------------------------------------------
 
     def _checked(self, ref: pb.SessionRef) -> Session:
         """The open session if `ref` names it. Only what is checked inside the gate holds while writing."""
         held = self.session
         if held is None or held.session_id != ref.session_id or held.epoch != ref.epoch:
-            raise BlockferryError(
-                Code.STALE_EPOCH,
-                f"this session of {self.name} is over",
-                cause="it ended or the server was restarted" if held is None else "another writer took the replica",
-                next="run the sync again; it continues with what is already there",
-                volume=self.name,
-                expected=str(self.store.session.epoch),
-                found=str(ref.epoch),
-            )
+            raise self.session_over(ref)
         if held.failed is not None:
             raise held.failed
         held.last_seen = time.monotonic()
         return held
+
+    def session_over(self, ref: pb.SessionRef) -> BlockferryError:
+        """What whoever uses a session is told when it is not the open one."""
+        next_step = "run the sync again; it continues with what is already there"
+        if self.state is State.PROMOTED:
+            cause, next_step = "the replica was promoted", "demote it before the next sync; nothing was committed"
+        elif self.session is None:
+            cause = "it ended or the server was restarted"
+        else:
+            cause = "another writer took the replica"
+        return BlockferryError(
+            Code.STALE_EPOCH,
+            f"this session of {self.name} is over",
+            cause=cause,
+            next=next_step,
+            volume=self.name,
+            expected=str(self.store.session.epoch),
+            found=str(ref.epoch),
+        )
 
     @contextlib.asynccontextmanager
     async def _using(self, ref: pb.SessionRef) -> AsyncIterator[Session]:
@@ -515,6 +532,7 @@ class Replica:
         """Let go of the replica, which is about to be deleted. Raises IN_USE or WRONG_STATE, and then nothing has
         changed."""
         async with self.gate.closed():
+            self.refuse_if_gone()
             self._refuse_if_held("")
             if self.state is State.PROMOTED:
                 raise BlockferryError(

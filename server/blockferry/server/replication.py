@@ -169,10 +169,13 @@ class ReplicationService:
     def _by_session(self, ref: pb.SessionRef) -> Replica:
         replica = self._pools.find_session(ref.session_id)
         if replica is None:
+            for one in self._pools.list():
+                if ref.session_id and one.store.session.session_id == ref.session_id:
+                    raise one.session_over(ref)
             raise BlockferryError(
                 Code.STALE_EPOCH,
                 "this session is over",
-                cause="it ended, another writer took the replica, or the server was restarted",
+                cause="it ended, or another writer took the replica",
                 next="run the sync again; it continues with what is already there",
             )
         return replica

@@ -173,6 +173,7 @@ class Store:
         self._stamps = {}
         self.session = await in_thread(self._read_session)
         await self.content.reload(generations)
+        await in_thread(self._remove_strays)
 
     # --- reading back ---------------------------------------------------------------------------------------------
 
@@ -228,9 +229,11 @@ class Store:
     def total_bytes_held(self) -> int:
         """Bytes of disk of everything; extents shared between clones count once for each of them. Blocking."""
         total = 0
-        for path in self.directory.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                total += path.stat().st_blocks * 512
+        # It may be deleted meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            for path in self.directory.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    total += path.stat().st_blocks * 512
         return total
 
     # --- digests --------------------------------------------------------------------------------------------------

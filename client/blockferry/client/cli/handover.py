@@ -23,6 +23,21 @@ async def _shown(connection: Connection) -> pb.Replica:
     return response.replica
 
 
+def _whole(connection: Connection) -> str:
+    """The volume that an address names. Raises USAGE where it names one of its generations: `delete VOLUME@3` must not
+    delete everything."""
+    address = connection.address.require_volume()
+    if address.number:
+        raise BlockferryError(
+            Code.USAGE,
+            f"{address.volume} is left as it is",
+            cause=f"the address names its generation {address.number}, and this is about the whole replica",
+            next="leave the @number out if the whole replica is meant",
+            volume=address.volume,
+        )
+    return address.volume
+
+
 def _confirm(arguments: argparse.Namespace, volume: str, consequences: str) -> None:
     """Have the name of the volume typed, or `--yes` said, before anything that cannot be undone. Raises USAGE."""
     if arguments.yes:
@@ -83,7 +98,7 @@ async def _promote(arguments: argparse.Namespace, console: Console) -> int:
 
 async def _demote(arguments: argparse.Namespace, console: Console) -> int:
     async with connected(arguments) as connection:
-        volume = connection.address.require_volume().volume
+        volume = _whole(connection)
         if arguments.discard:
             _confirm(arguments, volume, "everything written since its promotion will be dropped")
         request = pb.DemoteReplicaRequest(volume=volume, keep_changes=arguments.keep_changes, confirm=volume)
@@ -102,8 +117,8 @@ async def _demote(arguments: argparse.Namespace, console: Console) -> int:
 
 async def _delete(arguments: argparse.Namespace, console: Console) -> int:
     async with connected(arguments) as connection:
+        volume = _whole(connection)
         replica = await _shown(connection)
-        volume = replica.volume
         generations = f", newest generation {replica.generation}" if replica.generation else ""
         _confirm(
             arguments,
@@ -119,7 +134,7 @@ async def _delete(arguments: argparse.Namespace, console: Console) -> int:
 
 async def _adopt(arguments: argparse.Namespace, console: Console) -> int:
     async with connected(arguments) as connection:
-        volume = connection.address.require_volume().volume
+        volume = _whole(connection)
         request = pb.AdoptReplicaRequest(volume=volume, seed=arguments.seed, region_size=arguments.region_size)
         response = await connection.call("Replicas/AdoptReplica", request, pb.AdoptReplicaResponse)
     report = {"schema": SCHEMA, "volume": volume, "size": response.size, "region_size": response.region_size}

@@ -349,7 +349,7 @@ async def _replica_points(arguments: argparse.Namespace, console: Console) -> in
                 "committed_at": _time(point.committed_at_us),
                 "size": point.size,
                 "bytes_held": None if point.problem else point.bytes_held,
-                "path": point.path,
+                "path": point.path or None,
                 "kept_by": list(point.kept_by),
                 "problem": point.problem or None,
             }
@@ -357,7 +357,11 @@ async def _replica_points(arguments: argparse.Namespace, console: Console) -> in
         ],
     }
     lines = table(rows) if response.points else [f"{volume} has no recovery points yet"]
-    lines += [f"generation {one.number}: {one.problem} ({one.path})" for one in response.points if one.problem]
+    lines += [
+        f"generation {one.number}: {one.problem}" + (f" ({one.path})" if one.path else "")
+        for one in response.points
+        if one.problem
+    ]
     console.result(report, lines)
     return 0
 

@@ -265,13 +265,7 @@ class ImageVolume(Volume):
         return (await in_thread(os.fstat, self._fd)).st_size
 
     async def writers(self) -> list[str]:
-        return await in_thread(self._writers)
-
-    def _writers(self) -> list[str]:
-        found = [f"{device} (loop device)" for device in linux.loop_devices_over(self.path)]
-        if linux.opened_for_writing(self._fd):
-            found += linux.writers_of(self.path) or ["a process that cannot be seen from here"]
-        return found
+        return await in_thread(linux.users_of, self.path, self._fd)
 
 
 def _not_an_image(path: Path, cause: str) -> BlockferryError:
