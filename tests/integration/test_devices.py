@@ -180,6 +180,26 @@ async def test_a_mounted_device_is_named_with_its_mount_point(
     assert bytes_of(server.image(volume)) == bytes_of(Path(formatted))
 
 
+async def test_every_device_of_a_mounted_btrfs_is_held(backing: Path, tmp_path: Path) -> None:
+    """Its mount has a device number of its own, and names only one of the devices."""
+    second = backing.with_suffix(".second")
+    for path in (backing, second):
+        build(path, 128 * MIB)
+    try:
+        with loop_device(backing) as one, loop_device(second) as two:
+            run("mkfs.btrfs", "-q", one, two)
+            run("mount", one, tmp_path)
+            try:
+                causes = [(await refused_for_writing(device, Code.IN_USE)).cause for device in (one, two)]
+                assert f"mounted on {tmp_path}" in causes[0]
+                assert all("is part of the mounted Btrfs" in cause for cause in causes)
+                assert f"{Path(two).name} is part" in causes[1]
+            finally:
+                run("umount", tmp_path)
+    finally:
+        remove(second)
+
+
 async def test_a_writable_volume_keeps_others_from_mounting_and_writing(
     opening: Opening, formatted: str, tmp_path: Path
 ) -> None:

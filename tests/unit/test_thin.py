@@ -7,7 +7,7 @@ import itertools
 import pytest
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.thin import ThinTable, parse_dump, parse_table
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 KIB64 = 65536
@@ -68,6 +68,7 @@ def test_shared_mappings_are_not_changed_by_those_who_refer_to_them() -> None:
     assert parse_dump([text], 2) == [(0, 2 * KIB64)]
 
 
+@settings(max_examples=50)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(1, 7), st.booleans()), max_size=30),
     st.sampled_from([128, 256, 1024, 2097152]),
@@ -91,6 +92,7 @@ def test_any_mapping_in_any_pieces(mappings: list[tuple[int, int, bool]], block:
     assert all(sum(one) < other[0] for one, other in itertools.pairwise(found))
 
 
+@settings(max_examples=50)
 @given(st.integers(0, 1000))
 def test_a_dump_that_is_cut_off_is_refused(cut: int) -> None:
     text = dump(device(1, 3, many(0, 3)), device(2, 1, single(5))).rstrip()
