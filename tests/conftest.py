@@ -10,8 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.filesystems import Unavailable, mounted
+from tests.filesystems import FileSystems, Unavailable, mounted
 from tests.images import MIB
+from tests.skips import (  # noqa: F401 hooks of pytest
+    pytest_collectreport,
+    pytest_runtest_logreport,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+)
 from tests.support import Server
 
 XFS_SIZE = 4096 * MIB
@@ -44,6 +50,14 @@ def _own_state_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture(scope="session")
+def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FileSystems]:
+    """One file system of each kind, mounted when first used."""
+    found = FileSystems(tmp_path_factory.mktemp("file-systems"))
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="session")

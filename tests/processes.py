@@ -30,13 +30,13 @@ def holding(path: Path, flags: int) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def loop_device(path: Path) -> Iterator[str]:
-    """A loop device over `path`, or `Unavailable`; gives its name."""
+def loop_device(path: Path, *options: str) -> Iterator[str]:
+    """A loop device over `path`, or `Unavailable`; gives its name. Options are those of losetup."""
     if os.geteuid() != 0:
         raise Unavailable("loop devices need root")
     if shutil.which("losetup") is None:
         raise Unavailable("losetup is not installed")
-    done = subprocess.run(["losetup", "--find", "--show", str(path)], capture_output=True, text=True)
+    done = subprocess.run(["losetup", "--find", "--show", *options, str(path)], capture_output=True, text=True)
     if done.returncode != 0:
         raise Unavailable(f"cannot set up a loop device: {done.stderr.strip()}")
     device = done.stdout.strip()

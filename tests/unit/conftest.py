@@ -23,14 +23,6 @@ Place = Callable[[str], Path]
 """A new empty directory on a file system of the kind named."""
 
 
-@pytest.fixture(scope="session")
-def file_systems(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FileSystems]:
-    """One file system of each kind, mounted when first used."""
-    found = FileSystems(tmp_path_factory.mktemp("file-systems"))
-    yield found
-    found.close()
-
-
 @pytest.fixture
 def place(file_systems: FileSystems) -> Iterator[Place]:
     """Makes directories on file systems by kind; skips where this machine has none of that kind."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 from blockferry.common.digests import Data
+from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Provenance
 from blockferry.common.volumes import Volume
 
@@ -14,6 +16,8 @@ Operation = tuple[str, int, int]
 
 class MemoryVolume(Volume):
     """Holds `content`; whole blocks that are written count as allocated until they are unmapped."""
+
+    writable = True
 
     def __init__(self, content: bytes, *, zeroing: str = "punch-hole") -> None:
         self.uri = "memory"
@@ -30,12 +34,20 @@ class MemoryVolume(Volume):
     def zeroing(self) -> str:
         return self._zeroing
 
+    def opened(self, *, writable: bool) -> MemoryVolume:
+        """The same memory as another volume."""
+        found = copy.copy(self)
+        found.writable = writable
+        return found
+
     def of(self, kind: str) -> list[tuple[int, int]]:
         """(offset, length) of the recorded operations of one kind, in order."""
         return [(offset, length) for name, offset, length in self.operations if name == kind]
 
     def _touch(self, kind: str, offset: int, length: int) -> None:
         assert offset >= 0 and length > 0 and offset + length <= self.size, (kind, offset, length)
+        if kind != "read" and not self.writable:
+            raise BlockferryError(Code.READ_ONLY, "memory cannot be written", next="open it for writing")
         self.operations.append((kind, offset, length))
 
     async def allocation(self, region_size: int) -> AllocationMap:

@@ -1,4 +1,4 @@
-"""Every call by which blockferry changes files, and the crash points between them.
+"""Every call by which blockferry changes files and devices, and the crash points between them.
 
 Callers use these functions through the module (`disk.fsync(fd)`), so that a test can stand in between: it records what
 was written and what was flushed, and replays every state a power failure may leave. `linux.fallocate` and
@@ -7,11 +7,15 @@ was written and what was flushed, and replays every state a power failure may le
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import struct
 from pathlib import Path
 
 from blockferry.common.digests import Data
+
+_BLKZEROOUT = 0x127F
 
 
 def create(path: Path, flags: int = os.O_RDWR) -> int:
@@ -37,6 +41,11 @@ def append(fd: int, data: Data) -> int:
 def truncate(fd: int, size: int) -> None:
     """ftruncate(2)."""
     os.ftruncate(fd, size)
+
+
+def zero_out(fd: int, offset: int, length: int) -> None:
+    """BLKZEROOUT: make whole logical sectors of a block device read as zeros, by writing if need be (linux/fs.h)."""
+    fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("=QQ", offset, length))
 
 
 def fsync(fd: int) -> None:

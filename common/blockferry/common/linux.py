@@ -48,7 +48,8 @@ _TRIM_THRESHOLD = 64 * 1024 * 1024
 NOT_SUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENODEV, errno.ENOTTY, errno.ENOSYS, errno.EINVAL})
 """What file systems and devices answer to an operation they do not know; never a failure of the data."""
 
-_ZERO_CHUNK = bytes(1024 * 1024)
+ZERO_CHUNK = bytes(1024 * 1024)
+"""Written where zeros have to be written out."""
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
@@ -167,11 +168,21 @@ def data_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         yield data, position - data
 
 
+def data_extents_apart(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """As `data_extents`, on a descriptor of its own: others may use `fd` meanwhile."""
+    own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield from data_extents(own, start, end)
+    finally:
+        os.close(own)
+
+
 class Zeroing(enum.Enum):
-    """Ways to make a range of a file read as zeros, best first."""
+    """Ways to make a range of a file or device read as zeros, best first."""
 
     PUNCH_HOLE = "punch-hole"
     ZERO_RANGE = "zero-range"
+    ZERO_OUT = "zero-out"
     WRITE = "write"
 
 
@@ -202,7 +213,7 @@ class ZeroingLadder:
             return False
         end = offset + length
         while offset < end:
-            offset += disk.pwrite(fd, memoryview(_ZERO_CHUNK)[: end - offset], offset)
+            offset += disk.pwrite(fd, memoryview(ZERO_CHUNK)[: end - offset], offset)
         return True
 
     @staticmethod
@@ -246,7 +257,7 @@ def opened_for_writing(fd: int) -> bool:
     return False
 
 
-def _open_descriptors() -> Iterator[Path]:
+def open_descriptors() -> Iterator[Path]:
     """`/proc/PID/fd/N` of all other processes that may be looked at. A process may end while one looks."""
     for process in os.listdir("/proc"):
         if process.isdigit() and process != str(os.getpid()):
@@ -255,18 +266,24 @@ def _open_descriptors() -> Iterator[Path]:
                     yield Path(f"/proc/{process}/fd/{number}")
 
 
+def is_writing(link: Path) -> bool:
+    """Whether the descriptor of `/proc/PID/fd/N` is open for writing; raise OSError, IndexError or ValueError if it is
+    gone."""
+    flags = int((link.parent.parent / "fdinfo" / link.name).read_text().split("flags:")[1].split()[0], 8)
+    return flags & os.O_ACCMODE != os.O_RDONLY
+
+
 def writers_of(path: Path) -> list[str]:
     """`name (pid)` of other processes that have `path` open for writing, as far as this user may look."""
     found = []
     target = path.stat()
-    for link in _open_descriptors():
+    for link in open_descriptors():
         process = link.parent.parent
         try:
             info = link.stat()
             if (info.st_dev, info.st_ino) != (target.st_dev, target.st_ino):
                 continue
-            flags = int((process / "fdinfo" / link.name).read_text().split("flags:")[1].split()[0], 8)
-            if flags & os.O_ACCMODE != os.O_RDONLY:
+            if is_writing(link):
                 found.append(f"{(process / 'comm').read_text().strip()} ({process.name})")
         except (OSError, IndexError, ValueError):
             continue

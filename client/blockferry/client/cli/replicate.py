@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
 from blockferry.client.cli.main import Command
+from blockferry.client.cli.picture import picture, shades_for
 from blockferry.client.cli.render import Console, human_seconds, table
 from blockferry.client.forecast import Forecast
 from blockferry.client.plan import Plan
@@ -159,12 +161,14 @@ async def _verify(arguments: argparse.Namespace, console: Console) -> int:
 async def _volume_show(arguments: argparse.Namespace, console: Console) -> int:
     async with _opened(arguments.uri, arguments) as volume:
         found = await volume.allocation(DEFAULT_REGION_SIZE)
-        writers = await volume.writers()
+        writers, holders = await volume.writers(), await volume.holders()
         report: dict[str, object] = {
             "schema": SCHEMA,
             "uri": volume.uri,
             "size": volume.size,
             "block_size": volume.block_size,
+            "sector_size": volume.sector_size,
+            "preferred_size": volume.preferred_size,
             "region_size": DEFAULT_REGION_SIZE,
             "regions": found.geometry.count,
             "allocated_regions": len(found.regions),
@@ -173,20 +177,25 @@ async def _volume_show(arguments: argparse.Namespace, console: Console) -> int:
             "map": found.provenance.value,
             "zeroing": volume.zeroing,
             "snapshot_id": volume.snapshot_id,
+            "identity": volume.identity or None,
             "writers": writers,
+            "holders": holders,
         }
     share = found.allocated_bytes / volume.size
-    console.result(
-        report,
-        [
-            arguments.uri,
-            f"  size       {human_bytes(volume.size)} ({volume.size} bytes), blocks of {volume.block_size}",
-            f"  allocated  {human_bytes(found.allocated_bytes)} ({share:.0%}) in {report['runs']} runs, "
-            f"map {found.provenance.value}",
-            f"  zeroing    {volume.zeroing}",
-            f"  in use by  {', '.join(writers) or 'nobody who writes'}",
-        ],
-    )
+    lines = [
+        arguments.uri,
+        f"  size       {human_bytes(volume.size)} ({volume.size} bytes), blocks of {volume.block_size}",
+        f"  I/O        sectors of {volume.sector_size}, {human_bytes(volume.preferred_size)} at a time preferred",
+        f"  allocated  {human_bytes(found.allocated_bytes)} ({share:.0%}) in {report['runs']} runs, "
+        f"map {found.provenance.value}",
+        f"  zeroing    {volume.zeroing}",
+        f"  in use by  {', '.join(holders) or 'nobody who writes'}",
+    ]
+    if volume.identity or volume.snapshot_id:
+        lines.append(f"  identity   {volume.identity or volume.snapshot_id}")
+    shades = shades_for(getattr(sys.stdout, "encoding", None))
+    lines += [f"  |{row}|" for row in picture(found, shades)]
+    console.result(report, lines)
     return 0
 
 

@@ -1,21 +1,24 @@
-"""Volumes: one interface over images and replicas; devices, NBD exports and archives join it later."""
+"""Volumes: one interface over images, block devices and replicas; NBD exports and archives join it later."""
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from blockferry.common.address import is_address
 from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.volumes.device import DeviceVolume
 from blockferry.common.volumes.image import ImageVolume
 from blockferry.common.volumes.replica import ReplicaVolume
 from blockferry.common.volumes.volume import Volume, in_thread
 
-__all__ = ["ImageVolume", "ReplicaVolume", "Volume", "in_thread", "open_volume"]
+__all__ = ["DeviceVolume", "ImageVolume", "ReplicaVolume", "Volume", "in_thread", "open_volume"]
 
 
 async def open_volume(uri: str, *, insecure: bool = False) -> Volume:
-    """Open what `uri` names for reading: a path, `file:///PATH`, or a replica's address."""
+    """Open what `uri` names for reading: an image or block device (a path, `file:///PATH`), or a replica's address."""
     if is_address(uri):
         return await ReplicaVolume.open(uri, insecure=insecure)
     if uri.startswith("file://"):
@@ -24,7 +27,19 @@ async def open_volume(uri: str, *, insecure: bool = False) -> Volume:
             raise BlockferryError(
                 Code.INVALID_ARGUMENT, f"{uri!r} is not a usable file URI", next="write file:///PATH, or just the path"
             )
-        return await ImageVolume.open(Path(unquote(parts.path)))
+        return await _open_path(Path(unquote(parts.path)))
     if not uri or "\0" in uri:
         raise BlockferryError(Code.INVALID_ARGUMENT, "a volume needs a name", next="name a raw image or a replica")
-    return await ImageVolume.open(Path(uri))
+    return await _open_path(Path(uri))
+
+
+async def _open_path(path: Path) -> Volume:
+    return await (DeviceVolume.open(path) if await in_thread(_is_device, path) else ImageVolume.open(path))
+
+
+def _is_device(path: Path) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        # Opening it says what is wrong.
+        return False

@@ -14,22 +14,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blockferry.common import disk, linux
-from blockferry.common.digests import Data
 from blockferry.common.errors import BlockferryError, Code, from_os_error
-from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Provenance
-from blockferry.common.volumes.volume import Volume, in_thread
+from blockferry.common.regions import AllocationMap, Geometry, Provenance
+from blockferry.common.volumes.descriptor import DescriptorVolume
+from blockferry.common.volumes.volume import in_thread
 
 
-class ImageVolume(Volume):
+class ImageVolume(DescriptorVolume):
     """A regular file. Open one with `ImageVolume.open`; a writable one is created or resized with `create`."""
 
     def __init__(self, path: Path, fd: int, size: int, writable: bool) -> None:
-        self.path = path
-        self.uri = str(path)
-        self.size = size
-        self.block_size = BLOCK_SIZE
-        self._fd = fd
-        self._writable = writable
+        super().__init__(path, fd, size, writable)
+        self.preferred_size = os.fstat(fd).st_blksize
         self._ladder = linux.ZeroingLadder()
 
     @classmethod
@@ -100,99 +96,26 @@ class ImageVolume(Volume):
         try:
             # Delayed allocation: what is not on its way to the disk yet may be reported as a hole.
             disk.fsync(self._fd)
-            own = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise from_os_error(error, "cannot read the allocation", volume=self.uri) from error
         try:
-            return AllocationMap.from_extents(geometry, linux.data_extents(own, 0, self.size), Provenance.EXACT)
+            found = linux.data_extents_apart(self._fd, 0, self.size)
+            return AllocationMap.from_extents(geometry, found, Provenance.EXACT)
         except OSError as error:
             if error.errno in linux.NOT_SUPPORTED:
                 return AllocationMap.full(geometry)
             raise from_os_error(error, "cannot read the allocation", volume=self.uri) from error
-        finally:
-            os.close(own)
 
-    async def read_into(self, offset: int, buffer: memoryview) -> None:
-        await in_thread(self._read_into, offset, buffer)
-
-    async def read_many(self, extents: Sequence[tuple[int, memoryview]]) -> None:
-        await in_thread(self._read_many, extents)
-
-    def _read_many(self, extents: Sequence[tuple[int, memoryview]]) -> None:
-        for offset, buffer in extents:
-            self._read_into(offset, buffer)
-
-    def _read_into(self, offset: int, buffer: memoryview) -> None:
-        done = 0
-        while done < len(buffer):
-            try:
-                count = os.preadv(self._fd, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise from_os_error(
-                    error, "cannot read", volume=self.uri, offset=offset + done, length=len(buffer) - done
-                ) from error
-            if count == 0:
-                raise self._shorter(offset + done, len(buffer) - done)
-            done += count
-
-    def _shorter(self, offset: int, length: int) -> BlockferryError:
-        return BlockferryError(
-            Code.SOURCE_CHANGED,
-            f"{self.uri} became shorter while it was read",
-            cause=f"it had {self.size} bytes and now ends at {os.fstat(self._fd).st_size}",
-            next="stop whatever changes it, or sync from a snapshot",
-            volume=self.uri,
-            offset=offset,
-            length=length,
-        )
-
-    async def data_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
-        return await in_thread(self._data_extents, offset, length)
-
-    def _data_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
-        try:
-            # Of its own: lseek moves a descriptor's offset, and others may be looking.
-            own = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                return list(linux.data_extents(own, offset, offset + length))
-            finally:
-                os.close(own)
-        except OSError as error:
-            if error.errno not in linux.NOT_SUPPORTED:
-                raise from_os_error(error, "cannot read the allocation", volume=self.uri, offset=offset) from error
-            return [(offset, length)]
-
-    async def read_data_into(self, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
-        return await in_thread(self._read_data_into, offset, buffer)
-
-    def _read_data_into(self, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
-        end = offset + len(buffer)
-        if os.fstat(self._fd).st_size < end:
+    def _held_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        if os.fstat(self._fd).st_size < offset + length:
             # Past the end of a file there is nothing but a hole, which must not be taken for zeros.
-            raise self._shorter(offset, len(buffer))
-        found: list[tuple[int, int]] = []
-        for data, length in self._data_extents(offset, len(buffer)):
-            start = (data - offset) // BLOCK_SIZE * BLOCK_SIZE
-            stop = min(-(-(data + length - offset) // BLOCK_SIZE) * BLOCK_SIZE, len(buffer))
-            if found and sum(found[-1]) >= start:
-                start = found.pop()[0]
-            found.append((start, stop - start))
-        for start, length in found:
-            self._read_into(offset + start, buffer[start : start + length])
-        return found
-
-    async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
-        await in_thread(self._write, extents)
-
-    def _write(self, extents: Sequence[tuple[int, Data]]) -> None:
-        for offset, data in extents:
-            view = memoryview(data)
-            try:
-                while view:
-                    count = disk.pwrite(self._fd, view, offset)
-                    view, offset = view[count:], offset + count
-            except OSError as error:
-                raise from_os_error(error, "cannot write", volume=self.uri, offset=offset, length=len(view)) from error
+            raise self.shorter(offset, length)
+        try:
+            return list(linux.data_extents_apart(self._fd, offset, offset + length))
+        except OSError as error:
+            if error.errno in linux.NOT_SUPPORTED:
+                return [(offset, length)]
+            raise from_os_error(error, "cannot read the allocation", volume=self.uri, offset=offset) from error
 
     async def unmap(self, extents: Sequence[tuple[int, int]]) -> int:
         return (await in_thread(self._unmap, extents, write=True))[0]
@@ -202,11 +125,12 @@ class ImageVolume(Volume):
 
     def _unmap(self, extents: Sequence[tuple[int, int]], *, write: bool) -> tuple[int, list[tuple[int, int]]]:
         """Bytes that held data, and what is left because zeros would have to be written out without `write`."""
+        self.refuse_read_only()
         held = 0
         left: list[tuple[int, int]] = []
         for offset, length in extents:
             try:
-                data = sum(size for _, size in self._data_extents(offset, length))
+                data = sum(size for _, size in self._held_extents(offset, length))
                 if self._ladder.zero(self._fd, offset, length, self.size, write=write):
                     held += data
                 else:
@@ -246,23 +170,8 @@ class ImageVolume(Volume):
             raise from_os_error(error, f"cannot give {self.uri} {size} bytes", volume=self.uri) from error
         self.size = size
 
-    async def flush(self) -> None:
-        try:
-            await in_thread(disk.fsync, self._fd)
-        except OSError as error:
-            raise from_os_error(error, "cannot flush", volume=self.uri) from error
-
-    async def close(self) -> None:
-        await in_thread(self.let_go)
-
-    def let_go(self) -> None:
-        """Close the descriptor, once. Blocking."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    async def current_size(self) -> int:
-        return (await in_thread(os.fstat, self._fd)).st_size
+    def size_now(self) -> int:
+        return os.fstat(self._fd).st_size
 
     async def writers(self) -> list[str]:
         return await in_thread(linux.users_of, self.path, self._fd)

@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 
 from blockferry.common.digests import Data, digest_size, fill_and_digest
 from blockferry.common.linux import Zeroing
-from blockferry.common.regions import AllocationMap, Geometry, Run, split_runs
+from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Run, split_runs
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -58,8 +58,14 @@ class Volume(abc.ABC):
     uri: str
     size: int
     block_size: int
+    sector_size: int = 1
+    """The least the device addresses, in bytes; 1 where any byte can be. Reads and writes may have any alignment."""
+    preferred_size: int = BLOCK_SIZE
+    """Bytes at a time that the device likes best."""
     snapshot_id: str = ""
     """Identity of an immutable snapshot; empty where the content may change."""
+    identity: str = ""
+    """Which device it is, whatever it is called today; empty where nobody can say."""
 
     @abc.abstractmethod
     async def allocation(self, region_size: int) -> AllocationMap:
@@ -143,6 +149,10 @@ class Volume(abc.ABC):
         Only meaningful for a volume opened read-only: this process counts too.
         """
         return []
+
+    async def holders(self) -> list[str]:
+        """As `writers`, and whoever merely uses it: a file system that is mounted read-only, for instance."""
+        return await self.writers()
 
     async def digests(self, piece_size: int, pieces: Sequence[Run], key: bytes, region_size: int) -> bytes:
         """Keyed digests of the numbered pieces, one after the other, of what the volume itself holds."""

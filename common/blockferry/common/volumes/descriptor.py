@@ -1,0 +1,130 @@
+"""What volumes on a file descriptor have in common: images and block devices."""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from blockferry.common import disk
+from blockferry.common.digests import Data
+from blockferry.common.errors import BlockferryError, Code, from_os_error
+from blockferry.common.regions import BLOCK_SIZE
+from blockferry.common.volumes.volume import Volume, in_thread
+
+
+class DescriptorVolume(Volume):
+    """Reads and writes by pread and pwrite. What is public here and no coroutine blocks: call it on an I/O thread."""
+
+    def __init__(self, path: Path, fd: int, size: int, writable: bool) -> None:
+        self.path = path
+        self.uri = str(path)
+        self.size = size
+        self.block_size = BLOCK_SIZE
+        self._fd = fd
+        self._writable = writable
+
+    @abc.abstractmethod
+    def size_now(self) -> int:
+        """The size in bytes, as the kernel says it is now."""
+
+    @abc.abstractmethod
+    def _held_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """(offset, length) of what may be data in a range, ascending; all of it where that is not known. Blocking."""
+
+    async def current_size(self) -> int:
+        return await in_thread(self.size_now)
+
+    async def data_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        return await in_thread(self._held_extents, offset, length)
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        await in_thread(self._read_into, offset, buffer)
+
+    async def read_many(self, extents: Sequence[tuple[int, memoryview]]) -> None:
+        await in_thread(self._read_many, extents)
+
+    def _read_many(self, extents: Sequence[tuple[int, memoryview]]) -> None:
+        for offset, buffer in extents:
+            self._read_into(offset, buffer)
+
+    def _read_into(self, offset: int, buffer: memoryview) -> None:
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise from_os_error(
+                    error, "cannot read", volume=self.uri, offset=offset + done, length=len(buffer) - done
+                ) from error
+            if count == 0:
+                raise self.shorter(offset + done, len(buffer) - done)
+            done += count
+
+    def shorter(self, offset: int, length: int) -> BlockferryError:
+        """The error for bytes that are no longer there: they are never taken for zeros."""
+        return BlockferryError(
+            Code.SOURCE_CHANGED,
+            f"{self.uri} became shorter while it was read",
+            cause=f"it had {self.size} bytes and now ends at {self.size_now()}",
+            next="stop whatever changes it, or sync from a snapshot",
+            volume=self.uri,
+            offset=offset,
+            length=length,
+        )
+
+    async def read_data_into(self, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
+        return await in_thread(self._read_data_into, offset, buffer)
+
+    def _read_data_into(self, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        for data, length in self._held_extents(offset, len(buffer)):
+            start = (data - offset) // BLOCK_SIZE * BLOCK_SIZE
+            stop = min(-(-(data + length - offset) // BLOCK_SIZE) * BLOCK_SIZE, len(buffer))
+            if found and sum(found[-1]) >= start:
+                start = found.pop()[0]
+            found.append((start, stop - start))
+        for start, length in found:
+            self._read_into(offset + start, buffer[start : start + length])
+        return found
+
+    def refuse_read_only(self) -> None:
+        """Raise READ_ONLY unless the volume was opened for writing."""
+        if not self._writable:
+            raise BlockferryError(
+                Code.READ_ONLY,
+                f"{self.uri} cannot be written",
+                cause="it was opened for reading",
+                next="sync to a replica instead",
+                volume=self.uri,
+            )
+
+    async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
+        await in_thread(self._write, extents)
+
+    def _write(self, extents: Sequence[tuple[int, Data]]) -> None:
+        self.refuse_read_only()
+        for offset, data in extents:
+            view = memoryview(data)
+            try:
+                while view:
+                    count = disk.pwrite(self._fd, view, offset)
+                    view, offset = view[count:], offset + count
+            except OSError as error:
+                raise from_os_error(error, "cannot write", volume=self.uri, offset=offset, length=len(view)) from error
+
+    async def flush(self) -> None:
+        try:
+            await in_thread(disk.fsync, self._fd)
+        except OSError as error:
+            raise from_os_error(error, "cannot flush", volume=self.uri) from error
+
+    async def close(self) -> None:
+        await in_thread(self.let_go)
+
+    def let_go(self) -> None:
+        """Close what is open, once. Blocking."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
