@@ -82,7 +82,7 @@ class Address:
             raise _bad(uri, "it has a part that addresses do not have")
         volume, number = _volume_and_number(unquote(parts.path[1:]), uri)
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        return cls(f"{host}:{port}", volume, number, _is_loopback(parts.hostname), uri)
+        return cls(f"{host}:{port}", volume, number, is_loopback(parts.hostname), uri)
 
     def require_volume(self) -> Address:
         """Return self, or raise INVALID_ARGUMENT where no volume is named."""
@@ -100,7 +100,8 @@ def _volume_and_number(text: str, uri: str) -> tuple[str, int]:
     return check_volume_name(name), int(digits) if at else 0
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can be meant."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

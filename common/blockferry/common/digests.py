@@ -124,6 +124,13 @@ def _digest_with_holes(region: memoryview, at: int, holes: Sequence[Run], key: b
     return _combined(found, key, size)
 
 
+def zeros(length: int) -> Iterator[Data]:
+    """`length` zero bytes, in pieces."""
+    while length > 0:
+        yield _ZEROS if length >= len(_ZEROS) else memoryview(_ZEROS)[:length]
+        length -= len(_ZEROS)
+
+
 def is_zero(data: memoryview) -> bool:
     """Whether every byte is zero. A plain comparison: cheaper than any digest, and cannot collide."""
     step = len(_ZEROS)

@@ -76,7 +76,11 @@ def build_parser() -> argparse.ArgumentParser:
     planned = add(commands, "plan", "show what a sync would read, send and unmap, without doing it")
     synced = add(commands, "sync", "make a replica equal to a source and commit that as its next generation")
     for one in (planned, synced):
-        one.add_argument("source", metavar="SOURCE", help="raw image, device, or grpc://HOST:PORT/VOLUME[@NUMBER]")
+        one.add_argument(
+            "source", metavar="SOURCE",
+            help="raw image, block device, NBD export (nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH; nbds "
+            "for TLS), or grpc://HOST:PORT/VOLUME[@NUMBER]",
+        )  # fmt: skip
         one.add_argument("destination", metavar="DEST", help="grpc://HOST:PORT/VOLUME")
         one.add_argument(
             "--region-size", type=argument(_parse_region_size), default=0, metavar="SIZE",

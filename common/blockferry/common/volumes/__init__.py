@@ -1,4 +1,4 @@
-"""Volumes: one interface over images, block devices and replicas; NBD exports and archives join it later."""
+"""Volumes: one interface over images, block devices, NBD exports and replicas; archives join it later."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from urllib.parse import unquote, urlsplit
 
 from blockferry.common.address import is_address
 from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.nbd.uri import is_nbd_uri
 from blockferry.common.volumes.device import DeviceVolume
 from blockferry.common.volumes.image import ImageVolume
+from blockferry.common.volumes.nbd import NbdVolume
 from blockferry.common.volumes.replica import ReplicaVolume
 from blockferry.common.volumes.volume import Volume, in_thread
 
-__all__ = ["DeviceVolume", "ImageVolume", "ReplicaVolume", "Volume", "in_thread", "open_volume"]
+__all__ = ["DeviceVolume", "ImageVolume", "NbdVolume", "ReplicaVolume", "Volume", "in_thread", "open_volume"]
 
 
 async def open_volume(uri: str, *, insecure: bool = False) -> Volume:
-    """Open what `uri` names for reading: an image or block device (a path, `file:///PATH`), or a replica's address."""
+    """Open what `uri` names for reading: an image or block device (a path, `file:///PATH`), an NBD export's URI, or a
+    replica's address."""
     if is_address(uri):
         return await ReplicaVolume.open(uri, insecure=insecure)
+    if is_nbd_uri(uri):
+        return await NbdVolume.open(uri, insecure=insecure)
     if uri.startswith("file://"):
         parts = urlsplit(uri)
         if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
@@ -29,7 +34,11 @@ async def open_volume(uri: str, *, insecure: bool = False) -> Volume:
             )
         return await _open_path(Path(unquote(parts.path)))
     if not uri or "\0" in uri:
-        raise BlockferryError(Code.INVALID_ARGUMENT, "a volume needs a name", next="name a raw image or a replica")
+        raise BlockferryError(
+            Code.INVALID_ARGUMENT,
+            "a volume needs a name",
+            next="name a raw image, a block device, an NBD export or a replica",
+        )
     return await _open_path(Path(uri))
 
 

@@ -1,0 +1,250 @@
+"""NBD exports: qcow2, vmdk, vhdx, rbd and whatever else qemu-nbd, nbdkit or another server makes of them.
+
+Allocation comes from block status in `base:allocation`, of which only the ZERO bit proves anything: a hole may read as
+whatever was there before. Ranges are zeroed by WRITE_ZEROES, which may deallocate them; a TRIM promises nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from blockferry.common.digests import Data, zeros
+from blockferry.common.errors import BlockferryError, Code, from_os_error
+from blockferry.common.linux import Zeroing
+from blockferry.common.nbd.client import NbdClient
+from blockferry.common.nbd.protocol import MAX_STATUS, TransmissionFlag
+from blockferry.common.nbd.uri import NbdUri
+from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Provenance
+from blockferry.common.volumes.volume import Volume, in_thread
+from pyroaring import BitMap
+
+STATUS_REQUESTS = 8
+"""Block status requests in flight while a map is drawn: the round trips of a large volume overlap."""
+
+
+class NbdVolume(Volume):
+    """One export. Open it with `NbdVolume.open`."""
+
+    def __init__(self, client: NbdClient, *, writable: bool) -> None:
+        export = client.export
+        self.uri = client.uri
+        self.size = export.size
+        self.block_size = BLOCK_SIZE
+        self._client = client
+        self._writable = writable
+        self._flushes = export.can(TransmissionFlag.SEND_FLUSH)
+        self._zeroes = export.can(TransmissionFlag.SEND_WRITE_ZEROES)
+
+    @classmethod
+    async def open(
+        cls, uri: str, *, writable: bool = False, insecure: bool = False, tls: ssl.SSLContext | None = None
+    ) -> NbdVolume:
+        """Open an export. `tls` for `nbds://` and `nbds+unix://`, instead of what the URI says of certificates;
+        `insecure` allows plaintext to another machine.
+
+        Raises INVALID_ARGUMENT (the URI; an empty export), NOT_FOUND, UNAVAILABLE, PROTOCOL; and for writing READ_ONLY,
+        or UNSUPPORTED where the server can make nothing durable or has blocks of more than 4 KiB.
+        """
+        where = NbdUri.parse(uri)
+        if not (where.tls or where.local or insecure):
+            raise BlockferryError(
+                Code.INVALID_ARGUMENT,
+                "cannot be opened without TLS",
+                cause="it is not on this machine",
+                next="write nbds://, or allow plaintext with --insecure",
+                volume=uri,
+            )
+        if where.tls and tls is None:
+            tls = await in_thread(_tls_context, where)
+        client = await NbdClient.connect(where, tls=tls)
+        try:
+            _check_usable(client, writable)
+        except BaseException:
+            await client.close()
+            raise
+        return cls(client, writable=writable)
+
+    @property
+    def zeroing(self) -> str:
+        if self._client.export.can(TransmissionFlag.READ_ONLY):
+            return "read-only"
+        return "write-zeroes" if self._zeroes else Zeroing.WRITE.value
+
+    async def allocation(self, region_size: int) -> AllocationMap:
+        geometry = Geometry(self.size, region_size)
+        if self._client.export.context is None:
+            return AllocationMap.full(geometry)
+        if self._flushes and not self._client.export.can(TransmissionFlag.READ_ONLY):
+            # Delayed allocation at the server: what is not on its way to the disk yet may be reported as a hole.
+            await self._client.flush()
+        regions = BitMap()
+        parts = ((start, min(MAX_STATUS, self.size - start)) for start in range(0, self.size, MAX_STATUS))
+        failure: BlockferryError | None = None
+
+        async def look() -> None:
+            nonlocal regions
+            for offset, length in parts:
+                async for extents in self._client.data_extents(offset, length):
+                    regions |= AllocationMap.from_extents(geometry, extents, Provenance.EXACT).regions
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for number in range(STATUS_REQUESTS):
+                    tasks.create_task(look(), name=f"block-status-{number}")
+        except* BlockferryError as group:
+            failure = _first(group)
+        if failure is not None:
+            # Not raised above: before Python 3.11.4 whatever leaves an `except*` is wrapped in a group again.
+            raise failure
+        return AllocationMap(geometry, regions, Provenance.EXACT)
+
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        await self._client.read_into(offset, buffer)
+
+    async def read_data_into(self, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
+        """Holes are those that the structured reply itself tells of, which costs nothing; qemu-nbd does."""
+        holes = await self._client.read_into(offset, buffer, sparse=True)
+        found, position = [], 0
+        for start, end in _whole_blocks(buffer, holes):
+            if start > position:
+                found.append((position, start - position))
+            position = end
+        if position < len(buffer):
+            found.append((position, len(buffer) - position))
+        return found
+
+    async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
+        self._require_writable("cannot write")
+        await self._client.write(extents, fua=not self._flushes)
+
+    async def unmap(self, extents: Sequence[tuple[int, int]]) -> int:
+        held = 0
+        for offset, length in extents:
+            held += await self._held(offset, length)
+            if not await self._write_zeroes(offset, length, fast=False):
+                await self._client.write(_zero_extents(offset, length), fua=not self._flushes)
+        return held
+
+    async def deallocate(self, extents: Sequence[tuple[int, int]]) -> tuple[int, Sequence[tuple[int, int]]]:
+        """Only a server that knows FAST_ZERO tells instead of writing zeros out. Any other is not
+        asked, because nothing would be known."""
+        if not self._client.export.can(TransmissionFlag.SEND_FAST_ZERO):
+            return 0, extents
+        total, left = 0, []
+        for offset, length in extents:
+            held = await self._held(offset, length)
+            if await self._write_zeroes(offset, length, fast=True):
+                total += held
+            else:
+                left.append((offset, length))
+        return total, left
+
+    async def _held(self, offset: int, length: int) -> int:
+        """Bytes of a range that are not proven to be zeros."""
+        self._require_writable("cannot unmap")
+        if self._client.export.context is None:
+            return length
+        return sum([size async for found in self._client.data_extents(offset, length) for _, size in found])
+
+    async def _write_zeroes(self, offset: int, length: int, *, fast: bool) -> bool:
+        """False where the server cannot do it; with `fast` for this range only."""
+        if not self._zeroes:
+            return False
+        try:
+            await self._client.write_zeroes(offset, length, fua=not self._flushes, fast=fast)
+        except BlockferryError as error:
+            if error.code is not Code.UNSUPPORTED:
+                raise
+            self._zeroes = fast
+            return False
+        return True
+
+    async def flush(self) -> None:
+        # Where the server knows no flush every write was durable when it returned (FUA).
+        if self._flushes:
+            await self._client.flush()
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    def _require_writable(self, what: str) -> None:
+        if not self._writable:
+            raise BlockferryError(
+                Code.READ_ONLY, what, cause="it was opened for reading", next="open it for writing", volume=self.uri
+            )
+
+
+def _check_usable(client: NbdClient, writable: bool) -> None:
+    export = client.export
+
+    def refusal(code: Code, cause: str, next: str) -> BlockferryError:
+        what = "cannot be opened for writing" if writable else "cannot be opened"
+        return BlockferryError(code, what, cause=cause, next=next, volume=client.uri)
+
+    if export.size == 0:
+        raise refusal(Code.INVALID_ARGUMENT, "it is empty (0 bytes)", "check that this is the right export")
+    if not writable:
+        return
+    if export.can(TransmissionFlag.READ_ONLY):
+        raise refusal(Code.READ_ONLY, "the server offers it read-only", "let the server offer it writable")
+    if not (export.can(TransmissionFlag.SEND_FLUSH) or export.can(TransmissionFlag.SEND_FUA)):
+        raise refusal(
+            Code.UNSUPPORTED,
+            "the server offers neither flush nor FUA: nothing written there is ever known to be durable",
+            "use another server or another plugin of it",
+        )
+    if export.minimum > BLOCK_SIZE:
+        raise refusal(
+            Code.UNSUPPORTED,
+            f"the server writes in blocks of {export.minimum} bytes, and changes have {BLOCK_SIZE}",
+            "let the server offer smaller blocks, such as by nbdkit's blocksize filter",
+        )
+
+
+def _whole_blocks(buffer: memoryview, holes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(start, end) of the whole blocks inside each (start, length); what is left of them at either side becomes zeros
+    in the buffer."""
+    for start, length in holes:
+        end = start + length
+        first = -(-start // BLOCK_SIZE) * BLOCK_SIZE
+        last = end if end == len(buffer) else end // BLOCK_SIZE * BLOCK_SIZE
+        if first >= last:
+            buffer[start:end] = bytes(length)
+            continue
+        buffer[start:first] = bytes(first - start)
+        buffer[last:end] = bytes(end - last)
+        yield first, last
+
+
+def _zero_extents(offset: int, length: int) -> Iterator[tuple[int, Data]]:
+    for part in zeros(length):
+        yield offset, part
+        offset += len(part)
+
+
+def _tls_context(uri: NbdUri) -> ssl.SSLContext:
+    """The server is always verified: by the URI's certificates if it names any, else by the system's authorities."""
+    directory = Path(uri.tls_certificates) if uri.tls_certificates else None
+    try:
+        context = ssl.create_default_context(cafile=None if directory is None else str(directory / "ca-cert.pem"))
+        if directory is not None and (directory / "client-cert.pem").exists():
+            context.load_cert_chain(directory / "client-cert.pem", directory / "client-key.pem")
+    except ssl.SSLError as error:
+        raise BlockferryError(
+            Code.UNREADABLE,
+            f"cannot use the certificates in {directory}",
+            cause=str(error),
+            next="check ca-cert.pem, client-cert.pem and client-key.pem there",
+            volume=uri.uri,
+        ) from error
+    except OSError as error:
+        raise from_os_error(error, f"cannot use the certificates in {directory}", volume=uri.uri) from error
+    return context
+
+
+def _first(group: BaseExceptionGroup[BlockferryError]) -> BlockferryError:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
