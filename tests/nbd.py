@@ -118,6 +118,12 @@ def qemu_io(image: Path, *commands: str) -> None:
     assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
 
 
+def nbdcopy(image: Path, uri: str) -> None:
+    """Fill an export with a raw image of its size."""
+    done = subprocess.run(["nbdcopy", str(image), uri], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def certificates(directory: Path) -> Path:
     """A directory as qemu and nbdkit want it: an authority, a server on this machine and a client."""
     directory.mkdir()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -16,13 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockferry.common.regions import Provenance
-from blockferry.common.volumes import DeviceVolume, ImageVolume, ReplicaVolume, Volume
+from blockferry.common.volumes import DeviceVolume, ImageVolume, NbdVolume, ReplicaVolume, Volume
+from blockferry.server.cache import DigestCache
+from blockferry.server.delta import Delta
+from blockferry.server.gate import Gate
+from blockferry.server.overlay import OverlayVolume
+from blockferry.server.store import Store
 
 from tests.filesystems import FileSystems
-from tests.images import BLOCK, build
+from tests.images import BLOCK, build, noise
+from tests.nbd import Served, nbdcopy, nbdkit, qemu_img, qemu_nbd
 from tests.processes import loop_device
 from tests.support import Server
 from tests.unit.memory_volume import MemoryVolume
+from tests.unit.stores import IDS, working
 
 Pieces = Sequence[tuple[int, bytes]]
 """(offset, data), disjoint"""
@@ -48,7 +56,7 @@ class Made:
 
     readable: Opener
     writable: Opener | None = None
-    """None: volumes of this kind are never written."""
+    """None where the kind is never written."""
     shorten: Callable[[int], None] | None = None
     """Takes away what lies behind this many bytes, behind the back of a volume that is open."""
 
@@ -59,13 +67,17 @@ class Kind:
 
     make: Callable[[Site, int, Pieces], AbstractContextManager[Made]]
     provenance: Provenance = Provenance.EXACT
+    written: bool = True
+    """Whether volumes of this kind can be opened for writing."""
     granularity: int = 1
     """Sizes are multiples of this many bytes."""
     deallocates: bool = True
     """What is unmapped, whole blocks at least, is no longer allocated."""
     tail_stays: bool = False
-    """A last block that is short stays allocated when it is unmapped: a loop device cannot punch past the end of the
-    file, where the rest of that block is."""
+    """A last block that is short stays allocated when it is unmapped: nobody punches past the end of the file behind
+    the device, where the rest of that block is."""
+    looks_for_zeros: bool = False
+    """Zeros that are written are found out to be zeros."""
 
     def size(self, size: int) -> int:
         """The next size that is possible."""
@@ -140,6 +152,112 @@ def replica(site: Site, size: int, pieces: Pieces) -> Iterator[Made]:
     yield Made(lambda: ReplicaVolume.open(server.url(name)))
 
 
+def _served(export: Served, shorten: Callable[[int], None] | None = None) -> Made:
+    return Made(lambda: NbdVolume.open(export.uri), lambda: NbdVolume.open(export.uri, writable=True), shorten)
+
+
+@contextlib.contextmanager
+def nbdkit_memory(site: Site, size: int, pieces: Pieces) -> Iterator[Made]:
+    """An export that is memory."""
+    path = build(site.path("temporary"), size, pieces)
+    try:
+        with nbdkit(path.parent, "memory", f"size={size}") as export:
+            nbdcopy(path, export.uri)
+            yield _served(export)
+    finally:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def nbdkit_file(site: Site, size: int, pieces: Pieces) -> Iterator[Made]:
+    """An export that is a file."""
+    path = build(site.path("ext4"), size, pieces)
+    try:
+        with nbdkit(site.file_systems.directory("temporary"), "file", path) as export:
+            yield _served(export, lambda length: os.truncate(path, length))
+    finally:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def qemu(site: Site, size: int, pieces: Pieces, *, format: str) -> Iterator[Made]:
+    """An export of QEMU's. What is cut off behind its back reads as zeros there, which no client can tell."""
+    raw = build(site.path("ext4"), size, pieces)
+    image = raw
+    try:
+        if format != "raw":
+            image = raw.with_suffix(f".{format}")
+            # Clusters of a block, so that it can be said exactly what is allocated.
+            qemu_img("convert", "-f", "raw", "-O", format, "-o", f"cluster_size={BLOCK}", raw, image)
+        sockets = site.file_systems.directory("temporary")
+        with qemu_nbd(sockets, f"--format={format}", "--discard=unmap", image) as export:
+            yield _served(export)
+    finally:
+        raw.unlink()
+        image.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def overlay(site: Site, size: int, pieces: Pieces) -> Iterator[Made]:
+    """An image that stays as it is under a delta that is empty at first; what is written stays in its memory."""
+    path = build(site.path("ext4"), size, pieces)
+    delta = Delta.create(path.with_suffix(".redo"), size)
+
+    async def opened(writable: bool) -> Volume:
+        # By the name of the image, which is in the errors.
+        base = await ImageVolume.open(path)
+        return _Overlay(str(path), size, base, lambda: (delta,), Gate(), top=delta if writable else None)
+
+    try:
+        yield Made(
+            functools.partial(opened, False),
+            functools.partial(opened, True),
+            lambda length: os.truncate(path, length),
+        )
+    finally:
+        delta.close()
+        Delta.remove(delta.path)
+        path.unlink()
+
+
+class _Overlay(OverlayVolume):
+    """Closes what is below it, which is nobody else's."""
+
+    async def close(self) -> None:
+        await super().close()
+        await self.base.close()
+
+
+@contextlib.contextmanager
+def recovery_point(site: Site, size: int, pieces: Pieces) -> Iterator[Made]:
+    """A generation that is read through before-images: the next one has written a third of the volume, zeroed another
+    third, and left the rest as it is."""
+    store = Store.create(site.path("ext4"), 65536, clones=False)
+
+    async def commit(number: int, writes: Pieces, zeroes: Sequence[tuple[int, int]]) -> None:
+        async with working(store, size) as work:
+            await work.write(writes)
+            await work.unmap(zeroes)
+            await work.flush()
+            await store.commit(work, IDS[number], size, DigestCache())
+        await store.complete()
+
+    async def opened() -> Volume:
+        if store.generations.newest is None:
+            third = -(-size // 3)
+            await commit(1, pieces, [])
+            await commit(2, [(0, noise("newer", third))], [(third, min(third, size - third))] if size > 1 else [])
+        point = store.generations.point(1)
+        assert point is not None
+        return await store.content.open_point(point)
+
+    try:
+        yield Made(opened)
+    finally:
+        store.abandon()
+        shutil.rmtree(store.directory)
+
+
 KINDS = {
     "image-ext4": Kind(functools.partial(image, on="ext4")),
     "image-xfs": Kind(functools.partial(image, on="xfs")),
@@ -148,7 +266,13 @@ KINDS = {
     "loop-512": Kind(functools.partial(loop, sector=512), granularity=512, tail_stays=True),
     "loop-4096": Kind(functools.partial(loop, sector=4096), granularity=4096),
     "loop-tmpfs": Kind(functools.partial(loop, sector=512, on="tmpfs"), granularity=512, tail_stays=True),
-    "device": Kind(functools.partial(unproven_loop, sector=512), Provenance.ABSENT, 512, deallocates=False),
+    "device": Kind(functools.partial(unproven_loop, sector=512), Provenance.ABSENT, granularity=512, deallocates=False),
     "memory": Kind(memory),
-    "replica": Kind(replica),
+    "nbdkit-memory": Kind(nbdkit_memory, looks_for_zeros=True),
+    "nbdkit-file": Kind(nbdkit_file, tail_stays=True),
+    "qemu-raw": Kind(functools.partial(qemu, format="raw"), granularity=512, tail_stays=True),
+    "qemu-qcow2": Kind(functools.partial(qemu, format="qcow2"), granularity=512),
+    "overlay": Kind(overlay),
+    "recovery-point": Kind(recovery_point, written=False),
+    "replica": Kind(replica, written=False),
 }

@@ -25,12 +25,12 @@ SKIPPED = {
 PASSED = "import pytest\n@pytest.mark.xfail\ndef test_one(): assert False\ndef test_two(): pass\n"
 
 
-def run(directory: Path, files: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def run(directory: Path, files: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
     for name, text in files.items():
         (directory / f"test_{name}.py").write_text(text)
     # Without the plugins that the samples do not use: they take longest to start.
     plugins = ["-p", "tests.skips", "-p", "no:hypothesispytest", "-p", "no:asyncio", "-p", "no:timeout"]
-    words = [sys.executable, "-m", "pytest", *plugins, "-c", os.devnull, "--rootdir", str(directory)]
+    words = [sys.executable, "-m", "pytest", *plugins, *options, "-c", os.devnull, "--rootdir", str(directory)]
     return subprocess.run(
         [*words, str(directory)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -41,10 +41,11 @@ def run(directory: Path, files: dict[str, str]) -> subprocess.CompletedProcess[s
     )
 
 
-def test_skips_fail_the_run_and_say_why(tmp_path: Path) -> None:
-    done = run(tmp_path, {**SKIPPED, "passed": PASSED})
+@pytest.mark.parametrize("options", [("-p", "no:xdist"), ("--numprocesses", "2", "--dist", "loadfile")], ids=str)
+def test_skips_fail_the_run_and_say_why(tmp_path: Path, options: tuple[str, ...]) -> None:
+    done = run(tmp_path, {**SKIPPED, "passed": PASSED}, *options)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
-    refused = done.stdout.split("skipped without leave")[1].splitlines()[1:5]
+    refused = done.stdout.split("skipped without leave")[1].split("Provide what is missing")[0].splitlines()[1:]
     assert sorted(refused) == [
         "test_by_a_mark.py::test_one: no root",
         "test_in_a_fixture.py::test_one: no XFS",
