@@ -81,6 +81,7 @@ def test_requests_of_the_commands(server: Server, volume: str, image: Path, tmp_
         asked_before = [0]
         shown = ok("volume", "show", served.uri)
         assert (shown["size"], shown["map"], shown["zeroing"]) == (4 * MIB + 512, "exact", "read-only")
+        assert (shown["sector_size"], shown["preferred_size"], shown["holders"]) == (1, 4096, [])
         assert asked() == [look]
         planned = ok("plan", served.uri, server.url(volume))
         assert planned["regions"] == {"skip": 4, "unmap": 0, "send": 1, "compare": 0}

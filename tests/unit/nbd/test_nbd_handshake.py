@@ -47,7 +47,8 @@ async def test_what_is_asked_for(tmp_path: Path) -> None:
         assert server.options == [Option.STRUCTURED_REPLY, Option.SET_META_CONTEXT, Option.GO]
         export = client.export
         assert (export.size, export.flags, export.context, export.structured) == (len(CONTENT), ALL, CONTEXT, True)
-        assert (export.minimum, export.maximum, export.description) == (512, MIB, "a disk")
+        assert (export.minimum, export.preferred, export.maximum) == (512, 4096, MIB)
+        assert export.description == "a disk"
         assert await read(client, 0, len(CONTENT)) == CONTENT
     assert server.goodbyes == 1
 

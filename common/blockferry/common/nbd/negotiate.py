@@ -31,6 +31,8 @@ class Export:
     """Offsets and lengths are multiples of it, a power of two up to 64 KiB."""
     maximum: int = protocol.MAX_PAYLOAD
     """Of one read or write."""
+    preferred: int = 4096
+    """What the server likes best, for people; nothing follows from it."""
     canonical_name: str = ""
     description: str = ""
 
@@ -97,9 +99,9 @@ async def _go(connection: Connection, name: str) -> Export | None:
             match handshake.decode_info(payload):
                 case handshake.ExportInfo(size, flags):
                     found = Export(name, size, flags)
-                case handshake.BlockSizes(minimum, _, maximum):
+                case handshake.BlockSizes(minimum, preferred, maximum):
                     most = min(maximum, protocol.MAX_PAYLOAD)
-                    others |= {"minimum": minimum, "maximum": most - most % minimum}
+                    others |= {"minimum": minimum, "preferred": preferred, "maximum": most - most % minimum}
                 case handshake.NameInfo(canonical):
                     others["canonical_name"] = canonical
                 case handshake.DescriptionInfo(description):

@@ -33,6 +33,8 @@ class NbdVolume(Volume):
         self.uri = client.uri
         self.size = export.size
         self.block_size = BLOCK_SIZE
+        self.sector_size = export.minimum
+        self.preferred_size = export.preferred
         self._client = client
         self._writable = writable
         self._flushes = export.can(TransmissionFlag.SEND_FLUSH)
