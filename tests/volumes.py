@@ -73,6 +73,10 @@ class Kind:
     """Sizes are multiples of this many bytes."""
     deallocates: bool = True
     """What is unmapped, whole blocks at least, is no longer allocated."""
+    vouches: bool = True
+    """What can be deallocated is known to be so without writing zeros; otherwise `deallocate` leaves everything."""
+    page_size: int = BLOCK
+    """Bytes that are allocated together: unmapped in part they stay."""
     tail_stays: bool = False
     """A last block that is short stays allocated when it is unmapped: nobody punches past the end of the file behind
     the device, where the rest of that block is."""
@@ -266,10 +270,16 @@ KINDS = {
     "loop-512": Kind(functools.partial(loop, sector=512), granularity=512, tail_stays=True),
     "loop-4096": Kind(functools.partial(loop, sector=4096), granularity=4096),
     "loop-tmpfs": Kind(functools.partial(loop, sector=512, on="tmpfs"), granularity=512, tail_stays=True),
-    "device": Kind(functools.partial(unproven_loop, sector=512), Provenance.ABSENT, granularity=512, deallocates=False),
+    "device": Kind(
+        functools.partial(unproven_loop, sector=512),
+        Provenance.ABSENT,
+        granularity=512,
+        deallocates=False,
+        vouches=False,
+    ),
     "memory": Kind(memory),
-    "nbdkit-memory": Kind(nbdkit_memory, looks_for_zeros=True),
-    "nbdkit-file": Kind(nbdkit_file, tail_stays=True),
+    "nbdkit-memory": Kind(nbdkit_memory, page_size=32768, looks_for_zeros=True),
+    "nbdkit-file": Kind(nbdkit_file, vouches=False, tail_stays=True),
     "qemu-raw": Kind(functools.partial(qemu, format="raw"), granularity=512, tail_stays=True),
     "qemu-qcow2": Kind(functools.partial(qemu, format="qcow2"), granularity=512),
     "overlay": Kind(overlay),

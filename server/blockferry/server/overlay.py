@@ -9,6 +9,7 @@ With a `top` the volume is writable, and everything written or zeroed goes there
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Sequence
 
 from blockferry.common.digests import Data
@@ -49,6 +50,7 @@ class OverlayVolume(Volume):
         self._layers = layers
         self._gate = gate
         self._limit = limit
+        self._flushing = asyncio.Lock()
 
     @property
     def zeroing(self) -> str:
@@ -210,12 +212,14 @@ class OverlayVolume(Volume):
     async def flush(self) -> None:
         """Make everything written durable, and then the index that says where it is (invariant 5)."""
         top = self._writable()
-        data, zero = top.data.copy(), top.zero.copy()
-        try:
-            await in_thread(top.flush)
-            await in_thread(top.save, data, zero)
-        except OSError as error:
-            raise from_os_error(error, "cannot flush", volume=self.uri) from error
+        # One at a time: the index of an earlier one must not replace that of a later one.
+        async with self._flushing:
+            data, zero = top.data.copy(), top.zero.copy()
+            try:
+                await in_thread(top.flush)
+                await in_thread(top.save, data, zero)
+            except OSError as error:
+                raise from_os_error(error, "cannot flush", volume=self.uri) from error
 
     async def close(self) -> None:
         """The base and the deltas belong to whoever made this."""

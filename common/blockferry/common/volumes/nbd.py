@@ -123,6 +123,7 @@ class NbdVolume(Volume):
         await self._client.write(extents, fua=not self._flushes)
 
     async def unmap(self, extents: Sequence[tuple[int, int]]) -> int:
+        self._require_writable("cannot unmap")
         held = 0
         for offset, length in extents:
             held += await self._held(offset, length)
@@ -133,6 +134,7 @@ class NbdVolume(Volume):
     async def deallocate(self, extents: Sequence[tuple[int, int]]) -> tuple[int, Sequence[tuple[int, int]]]:
         """Only a server that knows FAST_ZERO tells instead of writing zeros out. Any other is not
         asked, because nothing would be known."""
+        self._require_writable("cannot unmap")
         if not self._client.export.can(TransmissionFlag.SEND_FAST_ZERO):
             return 0, extents
         total, left = 0, []
@@ -146,7 +148,6 @@ class NbdVolume(Volume):
 
     async def _held(self, offset: int, length: int) -> int:
         """Bytes of a range that are not proven to be zeros."""
-        self._require_writable("cannot unmap")
         if self._client.export.context is None:
             return length
         return sum([size async for found in self._client.data_extents(offset, length) for _, size in found])
