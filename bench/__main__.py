@@ -14,9 +14,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import allocation, commits, datapath
+from bench import allocation, commits, datapath, floor
 
-ENTRIES = {allocation.NAME: allocation.measure, datapath.NAME: datapath.measure, commits.NAME: commits.measure}
+ENTRIES = {
+    allocation.NAME: allocation.measure,
+    datapath.NAME: datapath.measure,
+    commits.NAME: commits.measure,
+    floor.NAME: floor.measure,
+}
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

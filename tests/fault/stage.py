@@ -106,7 +106,9 @@ class DoomedServer(Server):
         self._process = subprocess.Popen(self.words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         Server.running.append(self)
         assert self._process.stdout is not None
-        if self._process.stdout.readline():
+        line = self._process.stdout.readline()
+        if line:
+            self.address = line.decode().strip().rpartition(" ")[2]
             return None
         self._process.wait(30)
         return self.status()

@@ -56,6 +56,7 @@ async def _committed(local: Local, seed: int) -> bytes:
     for offset in range(0, SIZE, REGION):
         await local.write(session, offset, content[offset : offset + REGION])
     await local.commit(NAME, session, seed.to_bytes(16, "big"), pb.Retention(last=2))
+    await local.replica(NAME).complete()
     return content
 
 

@@ -384,24 +384,24 @@ def test_two_commits_of_one_session_at_once(raw: Raw, volume: str) -> None:
 
 
 def test_the_state_is_shown_in_every_phase(server: Server, raw: Raw, volume: str) -> None:
-    def shown() -> tuple[str, int, bool, str]:
+    def shown() -> tuple[str, int, str]:
         found = server.show(volume)
         assert (found["path"] is not None) == (found["generation"] > 0)
-        return found["state"], found["generation"], found["unsafe"], found["session_client"] or ""
+        return found["state"], found["generation"], found["session_client"] or ""
 
     first = raw.open(volume, SIZE, client="one").session
-    assert shown() == ("SYNCING", 0, False, "one")
+    assert shown() == ("SYNCING", 0, "one")
     raw.abort(first)
-    assert shown() == ("SYNCING", 0, False, "")
+    assert shown() == ("SYNCING", 0, "")
     second = raw.open(volume, SIZE, client="two").session
     raw.write(second, 0, noise(1, REGION))
     raw.commit(volume, second, os.urandom(16))
-    assert shown() == ("CONSISTENT", 1, False, "")
+    assert shown() == ("CONSISTENT", 1, "")
     third = raw.open(volume, SIZE, client="three").session
-    assert shown() == ("UPDATING", 1, False, "three")
+    assert shown() == ("UPDATING", 1, "three")
     raw.abort(third, discard=True)
-    assert shown() == ("CONSISTENT", 1, False, "")
+    assert shown() == ("CONSISTENT", 1, "")
     raw.open(volume, SIZE, client="four")
     server.kill()
     server.start()
-    assert shown() == ("CONSISTENT", 1, False, "")
+    assert shown() == ("CONSISTENT", 1, "")

@@ -298,7 +298,10 @@ def test_replica_show_follows_its_life(server: Server, volume: str, source: Path
     assert found["volume"] == volume
     assert (found["state"], found["generation"], found["commit_id"]) == ("CONSISTENT", 1, first["commit_id"])
     assert (found["size"], found["region_size"], found["pool"]) == (4 * MIB, MIB, "main")
-    assert (found["unsafe"], found["session_client"]) == (False, None)
+    assert (found["kind"], found["session_client"], found["promotion"]) in (
+        ("clones", None, None),
+        ("journal", None, None),
+    )
     assert found["bytes_held"] >= MIB
     assert found["committed_at"] >= time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(began))
     assert Path(found["path"]).is_relative_to(server.pool / volume)

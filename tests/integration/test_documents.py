@@ -60,7 +60,7 @@ def test_commands_of_the_documents_are_commands() -> None:
     lines = {path.name: [line.split() for line in code_blocks(path)] for path in DOCUMENTS}
     clients = [words for found in lines.values() for words in found if words[:1] == ["blockferry"]]
     servers = [words for found in lines.values() for words in found if words[:1] == ["blockferry-server"]]
-    assert (len(clients), len(servers)) == (28, 4)
+    assert (len(clients), len(servers)) == (27, 3)
     for words in clients:
         build_parser().parse_args(words[1:])
     named = {words[2]: server_arguments(words[1:]).pool for words in servers}
@@ -101,7 +101,7 @@ def run_help(program: str, *arguments: str) -> str:
 
 def test_every_flag_of_sync_is_in_the_readme() -> None:
     flags = set(re.findall(r"--[a-z][a-z-]*", run_help("blockferry", "sync"))) - {"--help"}
-    assert len(flags) == 9
+    assert len(flags) == 10
     assert {flag for flag in flags if flag not in README} == set()
 
 
@@ -151,7 +151,7 @@ def test_every_call_and_field_of_a_request_is_described() -> None:
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }
-    assert len(calls) == 17
+    assert len(calls) == 18
     assert {call for call in calls if call not in PROTOCOL} == set()
     for message in ("OpenSessionRequest", "ApplyChangesRequest", "ApplyChangesResponse", "SessionCommit"):
         fields = replication_pb2.DESCRIPTOR.message_types_by_name[message].fields_by_name

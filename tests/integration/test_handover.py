@@ -599,7 +599,7 @@ def test_what_programs_are_told(server: Server, raw: Raw, volume: str, source: P
     shown = server.show(volume)
     assert set(shown) == {
         "schema", "volume", "pool", "uuid", "state", "size", "region_size", "generation", "commit_id", "committed_at",
-        "bytes_held", "path", "kind", "session_client", "promotion",
+        "bytes_held", "path", "kind", "session_client", "promotion", "scrub", "notice",
     }  # fmt: skip
     kind = "clones" if raw.show(volume).kind == "clones" else "journal"
     assert (shown["kind"], shown["state"], shown["size"], shown["session_client"]) == (kind, "PROMOTED", SIZE, None)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from blockferry.client.cli.handover import COMMANDS as HANDOVER_COMMANDS
 from blockferry.client.cli.main import _parse_rate, _parse_region_size, build_parser, main
 from blockferry.client.cli.pools import COMMANDS as POOL_COMMANDS
 from blockferry.client.cli.replicate import COMMANDS
@@ -139,7 +140,7 @@ def leaves(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iter
 
 def test_every_command_can_be_run_and_asked_for_help(capsys: pytest.CaptureFixture[str]) -> None:
     found = list(leaves(build_parser()))
-    assert {"_".join(words) for words in found} == {*COMMANDS, *POOL_COMMANDS}
+    assert {"_".join(words) for words in found} == {*COMMANDS, *POOL_COMMANDS, *HANDOVER_COMMANDS}
     for words in found:
         with pytest.raises(SystemExit) as caught:
             main([*words, "--help"])

@@ -61,9 +61,14 @@ def move_durably(source: Path, target: Path) -> None:
     """Move a file into another directory of the same file system. It has both names in between, so that no power
     failure leaves it with none; the old one may come back."""
     disk.link(source, target)
-    disk.fsync_directory(target.parent)
-    disk.crash_point("move-before-unlink")
-    disk.unlink(source)
+    try:
+        disk.fsync_directory(target.parent)
+        disk.crash_point("move-before-unlink")
+        disk.unlink(source)
+    except OSError:
+        # It did not happen, as far as anybody may tell.
+        disk.unlink(target)
+        raise
 
 
 def make_directories(path: Path) -> None:
