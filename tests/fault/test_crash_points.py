@@ -19,6 +19,7 @@ import blockferry.client
 import blockferry.common
 import blockferry.server
 import pytest
+from blockferry.server import identity
 
 from tests.fault.stage import KEEP, KILLED, Death, Stage, StageFactory, plain_xfs, stages
 
@@ -134,7 +135,14 @@ async def test_the_server_dies_where_nothing_can_be_cloned(
 
 @pytest.mark.parametrize(
     ("name", "before"),
-    [("start-stamps-taken", ""), ("start-image-settled", "commit-renamed"), ("start-image-settled", "drop-recorded")],
+    [
+        ("start-stamps-taken", ""),
+        ("start-image-settled", "commit-renamed"),
+        ("start-image-settled", "drop-recorded"),
+        # While it notes which file names the pool.
+        ("atomic-before-rename", ""),
+        ("rename-before-fsync", ""),
+    ],
 )
 async def test_the_server_dies_while_it_starts(
     make_stage: StageFactory, xfs_pool_root: Path, name: str, before: str
@@ -148,6 +156,8 @@ async def test_the_server_dies_while_it_starts(
         stage.change_source()
         await stage.sync()
         assert stage.server.stop() == 0
+    if name in BOTH:
+        (stage.server.pool / identity.NAME).unlink()
     stage.server.doom = f"{name}:1"
     assert stage.server.status_of_start() == KILLED
     stage.server.doom = ""
