@@ -78,6 +78,8 @@ def test_a_commit_id_is_minted_before_and_confirmed_after(server: Server, volume
         "source": str(source),
         "commit_id": report["commit_id"],
         "confirmed": True,
+        "newest_id": report["commit_id"],
+        "newest_generation": 2,
     }
     assert report["generation"] == 2
     for path in (state / "commits", *(state / "commits").iterdir()):
