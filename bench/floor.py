@@ -1,8 +1,8 @@
 """What gRPC itself costs here: the bytes of a full copy through a bare stream of messages, and nothing else.
 
 No disk, no digests, no zero detection: one process sends the same 4 MiB buffer again and again over the project's own
-channel, another one drops what it gets. This is the least that any sync through gRPC in Python can take on this machine,
-whatever is done around it; `datapath` says what nbdcopy takes for all of a copy.
+channel, another one drops what it gets. This is the least that any sync through gRPC in Python can take on this
+machine, whatever is done around it; `datapath` says what nbdcopy takes for all of a copy.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ async def _serve() -> None:
 
 async def _send(target: str) -> None:
     async with grpc.aio.insecure_channel(target, options=rpc._CLIENT_OPTIONS) as channel:
-        call = channel.stream_unary(_METHOD)()
+        call: Any = channel.stream_unary(_METHOD)()
         buffer = memoryview(bytearray(MESSAGE_SIZE))
         for _ in range(DATA_SIZE // MESSAGE_SIZE):
             # As in a sync: each message is new bytes.

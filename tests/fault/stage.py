@@ -24,6 +24,7 @@ from blockferry.common.framing import Outgoing, encode_request, encode_write
 from blockferry.common.retention import Retention
 from blockferry.common.rpc import Connection
 from blockferry.common.volumes import ImageVolume
+from blockferry.server.identity import PoolIdentity
 from blockferry.v1 import replicas_pb2 as replicas
 from blockferry.v1 import replication_pb2 as pb
 
@@ -365,6 +366,8 @@ def stages(scratch: Path) -> Iterator[StageFactory]:
     def make(root: Path, doom: str = "", *, clones: bool = True, size: int = SMALL) -> Stage:
         pool = root / f"pool-{next(_names)}-{scratch.name}"
         pool.mkdir()
+        # A pool that is known already: the start of the server is not part of the life that is gone through.
+        PoolIdentity(pool).settle({})
         made.append(Stage(DoomedServer(pool, doom), scratch, clones=clones, size=size))
         return made[-1]
 

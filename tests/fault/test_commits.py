@@ -78,6 +78,8 @@ def test_a_commit_id_is_minted_before_and_confirmed_after(server: Server, volume
         "source": str(source),
         "commit_id": report["commit_id"],
         "confirmed": True,
+        "newest_id": report["commit_id"],
+        "newest_generation": 2,
     }
     assert report["generation"] == 2
     for path in (state / "commits", *(state / "commits").iterdir()):
@@ -328,3 +330,26 @@ def test_an_update_of_little_through_the_journal(plain: Server, volume: str, tmp
     points = ok("replica", "points", plain.url(volume))["points"]
     # The older one costs its before-images, and nothing else.
     assert [(point["number"], point["bytes_held"]) for point in points] == [(2, 3 * MIB), (1, MIB + 8 * KIB)]
+
+
+def test_a_journal_has_the_limit_that_its_server_gives_it(tmp_path: Path, volume: str) -> None:
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    server = Server(pool, flags=["--journal-limit", "1M"]).start()
+    try:
+        source = build(tmp_path / "source", 8 * MIB, [(0, noise(1, 8 * MIB))])
+        # A first sync needs no journal.
+        assert server.sync(source, volume)["generation"] == 1
+        if server.show(volume)["kind"] != "journal":
+            pytest.skip(f"temporary files are on a file system that can clone: {pool}")
+        first = source.read_bytes()
+        change(source, [(0, noise(2, 4 * MIB))])
+        done = run_cli("sync", source, server.url(volume), "--quiet")
+        refused(done, volume, "journal", "limit", str(MIB))
+        assert server.image(volume).read_bytes() == first
+        # What the session had written is given back with it.
+        assert sorted(path.name for path in (pool / volume).glob("work*")) == []
+        build(source, 8 * MIB, [(0, noise(1, 8 * MIB)), (MIB, noise(3, MIB // 2))])
+        assert server.sync(source, volume)["generation"] == 2
+    finally:
+        server.stop()

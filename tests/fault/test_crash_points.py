@@ -19,6 +19,7 @@ import blockferry.client
 import blockferry.common
 import blockferry.server
 import pytest
+from blockferry.server import identity
 
 from tests.fault.contents import contents_in
 from tests.fault.raw import Raw
@@ -149,6 +150,9 @@ async def test_the_server_dies_where_nothing_can_be_cloned(
         (True, "start-stamps-taken", ""),
         (True, "start-image-settled", "commit-renamed"),
         (True, "start-image-settled", "drop-recorded"),
+        # While it notes which file names the pool.
+        (True, "atomic-before-rename", ""),
+        (True, "rename-before-fsync", ""),
         (False, "start-stamps-taken", ""),
         (False, "start-redo-settled", "commit-redo-renamed"),
         (False, "start-redo-settled", "commit-renamed"),
@@ -173,6 +177,8 @@ async def test_the_server_dies_while_it_recovers(
         stage.change_source()
         await stage.sync()
         assert stage.server.stop() == 0
+    if name in BOTH:
+        (stage.server.pool / identity.NAME).unlink()
     stage.server.doom = f"{name}:1"
     status = stage.server.status_of_start()
     assert (status if status is not None else await asyncio.wait_for(stage.server.death(), 30)) == KILLED

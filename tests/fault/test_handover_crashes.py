@@ -171,7 +171,7 @@ def scenes(pools: Mapping[bool, Path], tmp_path: Path) -> Iterator[Scenes]:
 
 
 def passed(scene: Scene, name: str) -> bool:
-    """Whether a kind ever gets there: what clones need not be copied, and nothing is cloned where there is a journal."""
+    """Whether a kind ever gets there: clones need no copy, and nothing is cloned where there is a journal."""
     never = {"clones": {"promote-copying", "commit-undo-captured"}, "journal": {"open-cloned"}}
     return name not in never[scene.kind]
 

@@ -108,7 +108,7 @@ def test_two_users_who_share_nothing(sites: Sites) -> None:
     # What each has written is its own, whatever the umask.
     found = modes(sites.pool)
     assert {name for name in found if name.startswith("vm/") and not name.endswith((".img", ".digests"))} == {
-        "vm/replica.json", "vm/commits.log", "vm/session.json", "vm/clean.json",
+        "vm/replica.json", "vm/commits.log", "vm/scrub.json", "vm/session.json", "vm/clean.json",
     }  # fmt: skip
     assert sum(name.endswith(".img") for name in found) == sum(name.endswith(".digests") for name in found) == 3
     directories = {".", "vm", "back"}

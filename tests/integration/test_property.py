@@ -144,7 +144,8 @@ def check(report: Report, expected: Expected, ours: Snapshot, theirs: Snapshot, 
     if entirely_different(ours, theirs, region_size) < Refiner.PATIENCE:
         assert moved["data_sent"] == expected.data_sent
         assert moved["unmapped"] == expected.unmapped
-        assert moved["destination_read"] == expected.destination_read
+        least = expected.destination_read
+        assert least <= moved["destination_read"] <= least + expected.destination_holes
     else:
         # Asking for block digests may have stopped: regions then travel whole, but never more than that.
         whole = expect(ours, theirs, region_size, sent_whole=range(1 << 32))

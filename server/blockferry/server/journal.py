@@ -186,7 +186,7 @@ class JournalContent(Content):
     def has_work(self) -> bool:
         if self.generations.newest is None:
             return self.image.exists()
-        return index_of(self.work).exists()
+        return self._work is not None or index_of(self.work).exists()
 
     @property
     def unfinished(self) -> Path:
@@ -219,27 +219,29 @@ class JournalContent(Content):
         return continued
 
     def _open_work(self, size: int) -> bool:
-        try:
-            self._work = Delta.open(self.work)
-            continued = True
-        except BlockferryError as error:
-            if error.code is not Code.CORRUPT_STATE:
-                raise
-            # Missing or damaged: it costs time, nothing else.
-            Delta.remove(self.work)
-            self._work = Delta.create(self.work, size)
-            continued = False
+        continued = True
+        if self._work is None:
+            try:
+                self._work = Delta.open(self.work)
+            except BlockferryError as error:
+                if error.code is not Code.CORRUPT_STATE:
+                    raise
+                # Missing or damaged: it costs time, nothing else.
+                Delta.remove(self.work)
+                self._work = Delta.create(self.work, size)
+                continued = False
         self._work.resize(size)
         disk.crash_point("open-work-made")
         return continued
 
     async def end(self, work: Volume) -> None:
+        # What it did since its last checkpoint is known to this process alone: the next session goes on with it.
         await work.close()
+
+    async def discard(self) -> None:
         delta, self._work = self._work, None
         if delta is not None:
             delta.close()
-
-    async def discard(self) -> None:
         if self.generations.newest is None:
             await in_thread(disk.unlink, self.image)
         else:

@@ -172,13 +172,18 @@ class ReplicaRoom:
 
 
 def bytes_held(directory: Path, *, settled: bool = False) -> int:
-    """Bytes of disk of all files in a replica's directory; what clones share counts once. `settled`: what is on its way
-    to the disk is written first, so that it is counted where it will be. Raises OSError."""
+    """Bytes of disk of all files in a replica's directory. What clones share counts once, except in files that cannot
+    be opened. `settled`: what is on its way to the disk is written first, so that it is counted where it will be.
+    Raises OSError."""
     placed: list[tuple[int, int]] = []
     loose = 0
     for path in directory.iterdir():
         with contextlib.suppress(FileNotFoundError):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except PermissionError:
+                loose += path.stat().st_blocks * 512
+                continue
             try:
                 found = list(linux.extents(fd, sync=settled))
                 placed += [(physical, length) for _, physical, length, flags in found if flags & linux.UNPLACED == 0]
