@@ -77,6 +77,8 @@ class Model(RuleBasedStateMachine):
         self.session: pb.SessionRef | None = None
         self.zombies: list[pb.SessionRef] = []
         self.work: bytearray | None = None
+        self.unsure = False
+        """A server has died over a journal: of the work only what was durable is certain."""
         self.generations: dict[int, bytes] = {}
         self.ids: dict[int, bytes] = {}
         self.kept: list[int] = []
@@ -142,7 +144,9 @@ class Model(RuleBasedStateMachine):
         assert durable == self.settled
         if not resumed:
             self.durable = None
-        if self.work is None:
+        if self.unsure:
+            self.work = self._certain_work(opened.session)
+        elif self.work is None:
             self.work = bytearray(self.generations[self.kept[-1]] if self.kept else b"")
         elif not self.generations and len(self.work) > size:
             # A first sync of something smaller than the one before starts over.
@@ -152,6 +156,18 @@ class Model(RuleBasedStateMachine):
         self.work.extend(bytes(size - len(self.work)))
         self.seen = self.clock.now
         self.session, self.epoch, self.size, self.snapshot = opened.session, opened.session.epoch, size, snapshot
+
+    def _certain_work(self, ref: pb.SessionRef) -> bytearray:
+        """The work as it is, once all that must be in it is."""
+        assert self.work is not None
+        session = self.replica.session
+        assert session is not None and session.session_id == ref.session_id
+        found = self._run(read_all(session.volume))
+        for region in self.settled:
+            here = slice(region * REGION, (region + 1) * REGION)
+            assert found[here] == self.work[here], f"region {region} was durable"
+        self.unsure = False
+        return bytearray(found)
 
     @precondition(lambda self: self.session is None)
     @rule(region=regions, seed=seeds, keep=st.sampled_from([None, 0, 1, 3]))
@@ -309,7 +325,7 @@ class Model(RuleBasedStateMachine):
         self.ids[self.last_number] = commit_id
         self.kept.append(self.last_number)
         self._end_session()
-        self.work, self.durable = None, None
+        self.work, self.durable, self.unsure = None, None, False
         self.keep = self.keep if keep is None else keep
         in_use = {number for number, until in self.pins.items() if until > self.clock.now}
         in_use |= {number for number, _, _ in self.readers}
@@ -341,7 +357,7 @@ class Model(RuleBasedStateMachine):
         self._move(Event.CLOSE)
         self._end_session()
         if discard:
-            self.work, self.durable = None, None
+            self.work, self.durable, self.unsure = None, None, False
 
     def _end_session(self) -> None:
         assert self.session is not None
@@ -369,6 +385,7 @@ class Model(RuleBasedStateMachine):
                 self._end_session()
                 self._move(Event.CLOSE)
             self.pins = {}
+            self.unsure = self.unsure or (not self.clones and bool(self.kept) and self.work is not None)
             self.local = self._run(self._start())
 
     @rule(seconds=st.sampled_from([1.0, 30.0, 61.0]))
