@@ -6,12 +6,9 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
 from blockferry.common import disk
-from blockferry.common.retention import Retention
 from blockferry.server import handover
-from blockferry.server import pool as pool_module
-from blockferry.server.pool import Pool
+from blockferry.server.store import Store, bury
 
 from tests.fault.contents import content_of, read_all
 from tests.fault.lives import NAME, REGION, REGIONS, SNAPSHOTS, World
@@ -28,6 +25,10 @@ def _without_progress(done: int, total: int) -> None:
 
 def _written(content: bytes, seed: int) -> bytes:
     return content[:GUEST] + noise(seed, BLOCK) + content[GUEST + BLOCK :]
+
+
+_CONTENTS = {1: SNAPSHOTS["a"], 2: SNAPSHOTS["b"], 3: _written(SNAPSHOTS["a"], 71)}
+"""What the generations hold that are ever older ones, by number."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ class HandoverLife:
         with recorder.recording():
             try:
                 for snapshot in ("a", "b"):
-                    await world.sync(snapshot)
-                recorder.mark(Demoting(SNAPSHOTS["b"]))
-                recorder.mark(Demoted())
+                    # Nothing but the commit makes it durable.
+                    await world.sync(snapshot, checkpoints=False)
+                    recorder.mark(Demoting(SNAPSHOTS[snapshot]))
+                    recorder.mark(Demoted())
                 for number, before, seed, keep in ((1, "a", 71, True), (0, "", 72, False)):
                     replica = world.replica
                     promotion = await handover.promote(replica, number, _without_progress)
@@ -117,6 +119,8 @@ class HandoverLife:
             newest = store.generations.newest
             assert newest is not None
             assert await content_of(store, newest) in promises.newest, "the newest generation holds something else"
+            for point in store.generations.points[:-1]:
+                assert await content_of(store, point) == _CONTENTS[point.number], "an older point is not what it was"
             handed = promises.promoted
             if handed is not None:
                 assert store.generations.promoted is not None, "the promotion is forgotten"
@@ -198,6 +202,8 @@ class AdoptionLife:
         try:
             store = world.replica.store
             here = store.content.unfinished.exists()
+            # Without the record a smaller source would cut it off.
+            assert not here or store.generations.adopted_size == len(SEED), "it is not known for what it is"
             assert here or seed.exists(), "the seed is lost"
             assert here or not promises.adopted, "the adoption is forgotten"
             if here:
@@ -239,14 +245,10 @@ class DeletionLife:
         """Until it is gone."""
         recorder = Recorder(self._root)
         self.log = recorder.log
-        with recorder.recording(), pytest.MonkeyPatch.context() as patch:
-            # Looking for reflinks goes past what is recorded.
-            patch.setattr(pool_module, "_can_clone", lambda path: self.clones)
-            pool = await Pool.open("pool", self._root, 60.0, Retention(last=1))
-            replica = await pool.get_or_create(NAME, REGION)
-            await pool.delete(replica)
+        with recorder.recording():
+            Store.create(self._root / NAME, REGION, clones=self.clones).abandon()
+            bury(self._root / NAME)
             recorder.mark(Deleted())
-            await pool.close()
 
     def promises(self) -> _Gone:
         """Nothing yet."""

@@ -181,7 +181,9 @@ class World:
         if replica is not None:
             await replica.close()
 
-    async def sync(self, snapshot: str, *, stop_at: int = REGIONS, keep: Retention | None = None) -> Point | None:
+    async def sync(
+        self, snapshot: str, *, stop_at: int = REGIONS, keep: Retention | None = None, checkpoints: bool = True
+    ) -> Point | None:
         """One sync as the client does it; with `stop_at` its client is gone before that region."""
         replica = self.replica
         store = replica.store
@@ -194,7 +196,7 @@ class World:
         self.ledger.reconcile(replica_uuid, newest.commit_id if newest else b"", newest.number if newest else 0)
         for region in sorted(set(range(stop_at)) - set(session.settled)):
             await self._bring(ref, region, SNAPSHOTS[snapshot])
-            if region in (1, 3):
+            if checkpoints and region in (1, 3):
                 await replica.flush(ref)
                 self._mark(Checkpointed(snapshot, frozenset(session.settled)))
         if stop_at < REGIONS:

@@ -241,6 +241,9 @@ def _site_of_the_map() -> str:
     return f"image.py:{first + next(at for at, line in enumerate(lines) if 'disk.fsync' in line)}"
 
 
+_MAPS = ("blockdev.py", "device.py", "loop.py")
+"""Modules of block devices: what they flush serves the map or the writer of a device, of which there is none here."""
+
 _LEARNED_AGAIN = "a confirmation that is lost is learned again from the replica"
 
 COVERED = {
@@ -248,6 +251,8 @@ COVERED = {
     "durable.py:rename_durably < durable.py:write_atomic < commits.py:_write < commits.py:confirm "
     "< commits.py:reconcile": _LEARNED_AGAIN,
     "durable.py:__init__ < store.py:create": "the identity is written next into the same directory",
+    "durable.py:remove_durably < store.py:begin_work < handover.py:_demote": "work is new there: its name is durable "
+    "only after the removal is",
 }
 """Flushes that another one stands in for here, each by its purpose; their sites are needed elsewhere."""
 
@@ -264,7 +269,9 @@ def proofs(scratch: Path, lives: dict[bool, Life], handed_over: list[Recorded]) 
     return [lives[True], lives[False], *taken_over, *logs, *handed_over]
 
 
-@pytest.mark.parametrize("site", sorted(set(_sites()) - {_site_of_the_map()}))
+@pytest.mark.parametrize(
+    "site", sorted(one for one in set(_sites()) - {_site_of_the_map()} if not one.startswith(_MAPS))
+)
 def test_every_flush_is_needed(scratch: Path, proofs: list[Recorded], site: str) -> None:
     calls = {call for life in proofs for call in _flushes(life) if call.site == site}
     assert calls, "no life gets here"

@@ -78,7 +78,8 @@ def test_a_huge_sparse_volume_costs_what_it_holds(directory: Path, server: Serve
     assert counts == {"skip": REGIONS - 16, "unmap": 0, "send": ZERO, "compare": FULL}
     assert results == {"zero": ZERO, "equal": FULL, "changed": 0}
     assert (moved["data_sent"], moved["destination_written"], moved["unmapped"]) == (0, 0, 0)
-    assert (moved["source_read"], moved["destination_read"]) == (FULL * REGION + ZERO * BLOCK, FULL * REGION)
+    # Holes inside the regions are not read; what the server committed it knows.
+    assert (moved["source_read"], moved["destination_read"]) == (DATA + ZERO * BLOCK, 0)
     assert moved["wire_sent"] < FULL * 128 + 512
     assert moved["wire_received"] < FULL * 64 + 512
 

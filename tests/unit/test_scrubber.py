@@ -152,7 +152,7 @@ async def test_what_cannot_be_read_is_told_and_tried_again_in_time(
     await one.round()
     found = last_scrub(replica.store)
     assert found is not None and (found.generation, found.bytes, found.rotten) == (1, 0, [])
-    assert "no such file" in found.problem
+    assert "missing" in found.problem
     assert _ages(pools, clock)["b"] == 0, "one that cannot be read holds up the others"
     away.rename(replica.path)
     await one.round()

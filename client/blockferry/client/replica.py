@@ -170,8 +170,7 @@ class ChangeStream:
         self._writing = asyncio.Lock()
         self._sequence = 0
         self._unacknowledged: deque[tuple[int, int]] = deque()
-        self._settled = asyncio.Event()
-        self._settled.set()
+        self._answered = asyncio.Event()
         self._mismatched: list[int] = []
         self._acknowledging: asyncio.Task[None] | None = None
         self._failure: BaseException | None = None
@@ -228,12 +227,12 @@ class ChangeStream:
                 if not self._unacknowledged:
                     self._heard = time.monotonic()
                 self._unacknowledged.append((self._sequence, weight))
-                self._settled.clear()
                 with self._connection.translated():
                     await self._call.write(encode_request(head, changes))
         except (asyncio.InvalidStateError, BlockferryError):
             # A write on a stream that the server has ended; the reason comes with the answers.
-            await self._settled.wait()
+            assert self._acknowledging is not None
+            await asyncio.wait([self._acknowledging])
             self._raise_failure()
             raise
         crash_point("client-changes-sent")
@@ -257,8 +256,14 @@ class ChangeStream:
         return f"waiting for the destination for {silent:.0f} s"
 
     async def drain(self) -> list[int]:
-        """Wait until everything sent is applied; return the offsets of regions whose digest did not match."""
-        await self._settled.wait()
+        """Wait until everything sent so far is applied; return the offsets of regions whose digest did not match.
+
+        Heartbeats go on meanwhile: with a short lease and a long line one of them is always on its way.
+        """
+        last = self._sequence
+        while self._unacknowledged and self._unacknowledged[0][0] <= last:
+            self._answered.clear()
+            await self._answered.wait()
         self._raise_failure()
         mismatched, self._mismatched = self._mismatched, []
         return mismatched
@@ -281,7 +286,7 @@ class ChangeStream:
             while self._unacknowledged:
                 self.budget.release(self._unacknowledged.popleft()[1])
         finally:
-            self._settled.set()
+            self._answered.set()
 
     def _take(self, response: pb.ApplyChangesResponse) -> None:
         self._heard = time.monotonic()
@@ -298,8 +303,7 @@ class ChangeStream:
         self._tally.destination_read += response.totals.bytes_read
         self._tally.unmapped += response.totals.bytes_unmapped
         self._mismatched.extend(response.mismatched_offsets)
-        if not self._unacknowledged:
-            self._settled.set()
+        self._answered.set()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

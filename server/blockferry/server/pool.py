@@ -6,7 +6,6 @@ import asyncio
 import fcntl
 import os
 import shutil
-import uuid
 from pathlib import Path
 
 import structlog
@@ -22,12 +21,11 @@ from blockferry.server.identity import PoolIdentity, Verdict
 from blockferry.server.replica import Replica
 from blockferry.server.room import ReplicaRoom, Room
 from blockferry.server.space import UNLIMITED, Limits
-from blockferry.server.store import NEW_PREFIX, VOUCHERS, Store
+from blockferry.server.store import DELETED_PREFIX, NEW_PREFIX, VOUCHERS, Store, bury
 
 log = structlog.get_logger("blockferry.pool")
 
 _LOCK = ".blockferry-lock"
-_DELETED_PREFIX = ".deleted-"
 SEEDS = ".seeds"
 """Where an administrator puts images that are to be adopted."""
 
@@ -86,7 +84,7 @@ class Pool:
         self.clones = _can_clone(self.path)
         self._identity = PoolIdentity(self.path)
         for entry in sorted(self.path.iterdir()):
-            if entry.name.startswith((NEW_PREFIX, _DELETED_PREFIX)):
+            if entry.name.startswith((NEW_PREFIX, DELETED_PREFIX)):
                 shutil.rmtree(entry)
             elif entry.is_dir() and is_volume_name(entry.name):
                 self.names.append(entry.name)
@@ -179,10 +177,8 @@ class Pool:
 
     async def _delete(self, replica: Replica) -> None:
         await replica.retire_for_good()
-        grave = self.path / f"{_DELETED_PREFIX}{uuid.uuid4().hex}"
         try:
-            await in_thread(disk.rename, self.path / replica.name, grave)
-            await in_thread(disk.fsync_directory, self.path)
+            grave = await in_thread(bury, self.path / replica.name)
         except OSError as error:
             del self._replicas[replica.name]
             if (self.path / replica.name).exists():

@@ -49,6 +49,7 @@ VOUCHERS = (_CLEAN, _PROGRESS)
 """Files by which content is believed without reading it."""
 _DIGESTS = ".digests"
 NEW_PREFIX = ".new-"
+DELETED_PREFIX = ".deleted-"
 _UUID_SIZE = 16
 
 
@@ -350,3 +351,11 @@ class Store:
         await self.content.drop(point, lambda: self.generations.drop(point))
         await in_thread(disk.unlink, self._digests(point))
         self._stamps.pop(point.commit_id, None)
+
+
+def bury(directory: Path) -> Path:
+    """Take a replica's directory out of its pool, durably; where it is then, to be removed. Blocking."""
+    grave = directory.with_name(f"{DELETED_PREFIX}{uuid.uuid4().hex}")
+    disk.rename(directory, grave)
+    disk.fsync_directory(directory.parent)
+    return grave
