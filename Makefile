@@ -39,7 +39,7 @@ demo: $(READY) ## watch a file-system image travel to a second site, change, and
 test: $(READY) ## everything that must pass: make check, then all tests
 	@deploy/packages tests
 	@$(MAKE) --no-print-directory check
-	@$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),2) --dist loadfile $(TESTS)
+	@$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),2) --dist worksteal $(TESTS)
 
 .PHONY: check
 check: $(READY) ## formatting, lint, types, import contracts, generated code

@@ -246,7 +246,14 @@ _MAPS = ("blockdev.py", "device.py", "loop.py")
 
 _LEARNED_AGAIN = "a confirmation that is lost is learned again from the replica"
 
+_UNDO = (
+    "durable.py:rename_durably < durable.py:write_atomic < delta.py:save < journal.py:_capture < journal.py:seal "
+    "< store.py:commit"
+)
+
 COVERED = {
+    f"{_UNDO} < replica.py:_commit": "the redo is renamed next, in the same directory",
+    f"{_UNDO} < handover.py:_demote": "the redo is renamed next, in the same directory",
     "durable.py:rename_durably < durable.py:write_atomic < commits.py:_write < commits.py:confirm": _LEARNED_AGAIN,
     "durable.py:rename_durably < durable.py:write_atomic < commits.py:_write < commits.py:confirm "
     "< commits.py:reconcile": _LEARNED_AGAIN,

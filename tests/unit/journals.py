@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.volumes import Volume
 from blockferry.server.cache import DigestCache
@@ -14,27 +12,10 @@ from blockferry.server.generations import Point
 from blockferry.server.journal import JournalContent
 from blockferry.server.store import Store
 
-from tests.unit.conftest import Place
 from tests.unit.layers import B
-from tests.unit.stores import IDS, REGION, read, working
+from tests.unit.stores import IDS, read, working
 
 SIZE = 40 * B + 77
-
-
-@pytest_asyncio.fixture
-async def store(place: Place) -> AsyncIterator[Store]:
-    """A new replica with a journal."""
-    made = Store.create(place("tmpfs") / "db", REGION, clones=False)
-    yield made
-    made.abandon()
-
-
-@pytest_asyncio.fixture(params=["ext4", "xfs"])
-async def reserving(request: pytest.FixtureRequest, place: Place) -> AsyncIterator[Store]:
-    """A new replica with a journal, on a file system that tells what is reserved from what is written."""
-    made = Store.create(place(str(request.param)) / "db", REGION, clones=False)
-    yield made
-    made.abandon()
 
 
 def journal_of(store: Store) -> JournalContent:

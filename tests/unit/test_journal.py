@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
 import pytest
+import pytest_asyncio
 from blake3 import blake3
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.server.store import Store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.conftest import Place
 from tests.unit.journals import (
     SIZE,
     change,
@@ -33,6 +35,22 @@ from tests.unit.layers import B, quick_directory
 from tests.unit.stores import IDS, REGION, content_of, names, reopened, snapshot, working
 
 # --- chains -----------------------------------------------------------------------------------------------------
+
+
+@pytest_asyncio.fixture
+async def store(place: Place) -> AsyncIterator[Store]:
+    """A new replica with a journal."""
+    made = Store.create(place("tmpfs") / "db", REGION, clones=False)
+    yield made
+    made.abandon()
+
+
+@pytest_asyncio.fixture(params=["ext4", "xfs"])
+async def reserving(request: pytest.FixtureRequest, place: Place) -> AsyncIterator[Store]:
+    """A new replica with a journal, on a file system that tells what is reserved from what is written."""
+    made = Store.create(place(str(request.param)) / "db", REGION, clones=False)
+    yield made
+    made.abandon()
 
 
 async def test_many_generations_are_read_through_their_before_images(store: Store) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from blockferry.common import disk
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
@@ -37,6 +39,22 @@ from tests.unit.layers import B
 from tests.unit.stores import IDS, REGION, content_of, names, read, reopened, snapshot, working
 
 # --- what a crash leaves ----------------------------------------------------------------------------------------
+
+
+@pytest_asyncio.fixture
+async def store(place: Place) -> AsyncIterator[Store]:
+    """A new replica with a journal."""
+    made = Store.create(place("tmpfs") / "db", REGION, clones=False)
+    yield made
+    made.abandon()
+
+
+@pytest_asyncio.fixture(params=["ext4", "xfs"])
+async def reserving(request: pytest.FixtureRequest, place: Place) -> AsyncIterator[Store]:
+    """A new replica with a journal, on a file system that tells what is reserved from what is written."""
+    made = Store.create(place(str(request.param)) / "db", REGION, clones=False)
+    yield made
+    made.abandon()
 
 
 class Crash(Exception):

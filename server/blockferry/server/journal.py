@@ -263,7 +263,6 @@ class JournalContent(Content):
             ours, _ = await self.begin(max(theirs.size, newest.size))
             try:
                 await copying.bring(theirs, ours)
-                await ours.flush()
             finally:
                 await self.end(ours)
         finally:
