@@ -251,7 +251,12 @@ _UNDO = (
     "< store.py:commit"
 )
 
+_WORK = "durable.py:rename_durably < durable.py:write_atomic < delta.py:save < overlay.py:flush"
+
 COVERED = {
+    f"{_WORK} < replica.py:_flush": "the note of progress is renamed next, in the same directory",
+    f"{_WORK} < replica.py:_commit": "the redo is renamed next, in the same directory",
+    f"{_WORK} < handover.py:_demote": "the redo is renamed next, in the same directory",
     f"{_UNDO} < replica.py:_commit": "the redo is renamed next, in the same directory",
     f"{_UNDO} < handover.py:_demote": "the redo is renamed next, in the same directory",
     "durable.py:rename_durably < durable.py:write_atomic < commits.py:_write < commits.py:confirm": _LEARNED_AGAIN,
