@@ -6,9 +6,9 @@ import os
 from typing import cast
 
 import pytest
-from blockferry.client.transfer import _encode, _first, _writes_and_zeros, _writes_of_nonzero
+from blockferry.client.transfer import _encode, _writes_and_zeros, _writes_of_nonzero
 from blockferry.common.digests import digest, nonzero_extents
-from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.errors import BlockferryError, Code, first_of
 from blockferry.common.framing import decode_request, encode_request
 from blockferry.common.regions import BLOCK_SIZE, Geometry, Run
 from blockferry.server import apply
@@ -135,6 +135,6 @@ async def test_a_change_makes_the_destination_equal_and_sends_only_what_differs(
 
 def test_the_first_of_several_failures_is_reported() -> None:
     first, second = BlockferryError(Code.IO_ERROR, "first"), BlockferryError(Code.INTERNAL, "second")
-    assert _first(BaseExceptionGroup("", [first, second])) is first
+    assert first_of(BaseExceptionGroup("", [first, second])) is first
     nested: BaseExceptionGroup[Exception] = BaseExceptionGroup("", [ExceptionGroup("", [second]), first])
-    assert _first(cast("BaseExceptionGroup[BlockferryError]", nested)) is second
+    assert first_of(cast("BaseExceptionGroup[BlockferryError]", nested)) is second

@@ -16,7 +16,7 @@ from blockferry.client.plan import Plan
 from blockferry.client.replica import ChangeStream, ReplicaSession
 from blockferry.client.report import Phase, Tally
 from blockferry.common.digests import REGION_DIGEST_SIZE, differing_pieces, digest, fill_and_digest, nonzero_extents
-from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.errors import BlockferryError, Code, first_of
 from blockferry.common.flow import BufferPool
 from blockferry.common.framing import Outgoing, encode_unmap, encode_write
 from blockferry.common.regions import BLOCK_SIZE, Run, runs_of, split_runs
@@ -89,7 +89,7 @@ class Transfer:
                     handle = self._compare if compare else self._send
                     tasks.create_task(self._handle(handle, first, count, buffer), name=f"regions-{first}")
         except* BlockferryError as group:
-            failure = _first(group)
+            failure = first_of(group)
         if failure is not None:
             # Not raised above: before Python 3.11.4 whatever leaves an `except*` is wrapped in a group again.
             raise failure
@@ -299,8 +299,3 @@ def _writes_and_zeros(region: memoryview, blocks: Sequence[Run]) -> tuple[list[R
         if position < len(part):
             zeros.append((start + position, len(part) - position))
     return writes, zeros
-
-
-def _first(group: BaseExceptionGroup[BlockferryError]) -> BlockferryError:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error

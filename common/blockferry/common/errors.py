@@ -97,6 +97,12 @@ class BlockferryError(Exception):
         }
 
 
+def first_of(group: BaseExceptionGroup[BlockferryError]) -> BlockferryError:
+    """The first failure of tasks that ran side by side."""
+    error = group.exceptions[0]
+    return first_of(error) if isinstance(error, BaseExceptionGroup) else error
+
+
 _OS_CODES = {
     errno.ENOENT: (Code.NOT_FOUND, "check the path"),
     errno.ENOTDIR: (Code.NOT_FOUND, "check the path"),

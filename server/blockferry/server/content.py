@@ -85,7 +85,7 @@ class Content(abc.ABC):
 
     @abc.abstractmethod
     async def take_back(self, image: Path) -> None:
-        """Make the work what `image` holds, of which at most the size is that of the newest generation or more."""
+        """Make the work what `image` holds, which is no smaller than the newest generation. Not durable yet."""
 
     # --- a commit -------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from blockferry.common.digests import Data, zeros
-from blockferry.common.errors import BlockferryError, Code, from_os_error
+from blockferry.common.errors import BlockferryError, Code, first_of, from_os_error
 from blockferry.common.linux import Zeroing
 from blockferry.common.nbd.client import NbdClient
 from blockferry.common.nbd.protocol import MAX_STATUS, TransmissionFlag
@@ -97,7 +97,7 @@ class NbdVolume(Volume):
                 for number in range(STATUS_REQUESTS):
                     tasks.create_task(look(), name=f"block-status-{number}")
         except* BlockferryError as group:
-            failure = _first(group)
+            failure = first_of(group)
         if failure is not None:
             # Not raised above: before Python 3.11.4 whatever leaves an `except*` is wrapped in a group again.
             raise failure
@@ -246,8 +246,3 @@ def _tls_context(uri: NbdUri) -> ssl.SSLContext:
     except OSError as error:
         raise from_os_error(error, f"cannot use the certificates in {directory}", volume=uri.uri) from error
     return context
-
-
-def _first(group: BaseExceptionGroup[BlockferryError]) -> BlockferryError:
-    error = group.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
