@@ -39,7 +39,8 @@ demo: $(READY) ## watch a file-system image travel to a second site, change, and
 test: $(READY) ## everything that must pass: make check, then all tests
 	@deploy/packages tests
 	@$(MAKE) --no-print-directory check
-	@$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),2) --dist worksteal $(TESTS)
+	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && deploy/isolate \
+		$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),2) --dist worksteal --basetemp="$$base/tests" $(TESTS)
 
 .PHONY: check
 check: $(READY) ## formatting, lint, types, import contracts, generated code
@@ -54,13 +55,14 @@ protos: $(READY) ## regenerate common/blockferry/v1 from protos/
 	@$(BIN)/python -m deploy.protos
 
 .PHONY: bench
-bench: $(READY) ## measure, compare with the bounds, write bench/results/
-	@$(BIN)/python -m bench
+bench: $(READY) ## measure, compare with the bounds, write bench/results/ (BENCH=NAME for one)
+	@deploy/isolate $(BIN)/python -m bench $(BENCH)
 
 .PHONY: soak
 soak: $(READY) ## thousands of kills at random instants (hours; KILLS=200 for fewer)
 	@deploy/packages tests
-	@BLOCKFERRY_SOAK_KILLS=$(or $(KILLS),2000) $(BIN)/python -m pytest --timeout 0 tests/soak
+	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_SOAK_KILLS=$(or $(KILLS),2000) deploy/isolate \
+		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/soak
 
 .PHONY: lock
 lock: $(READY) ## pin and hash the newest development requirements that pyproject.toml allows

@@ -12,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,12 @@ class Finished:
         found = json.loads(self.stdout)
         assert isinstance(found, dict) and self.stdout.count("\n") == 1, self.stdout
         return found
+
+
+def own_directory(root: Path, name: str) -> Path:
+    """A new directory whose name begins with `name`: fixtures of a module are set up again where tests that another
+    worker gave back come to it."""
+    return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=root))
 
 
 def command(*args: object) -> list[str]:

@@ -222,7 +222,7 @@ class World:
     async def _bring(self, ref: pb.SessionRef, region: int, content: bytes) -> None:
         offset = region * REGION
         ours = content[offset : offset + REGION]
-        theirs, _ = await self.replica.session_digests(ref, REGION, (region, 1), fresh=False)
+        theirs, _ = await self.replica.session_digests(ref, REGION, [(region, 1)], fresh=False)
         if theirs == digest(ours, self.replica.store.identity.key):
             await self.replica.settle(ref, [(region, 1)])
         elif any(ours):

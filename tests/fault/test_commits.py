@@ -23,7 +23,7 @@ from tests.conftest import ServerFactory
 from tests.fault.proxy import DOWN, Proxy, proxied
 from tests.fault.raw import REGION, Raw, change_message, write_request
 from tests.images import KIB, MIB, Hole, build, change, noise
-from tests.support import Report, Server, command, finish, ok, refused, run_cli, start_cli, until
+from tests.support import Report, Server, command, finish, ok, own_directory, refused, run_cli, start_cli, until
 
 # --- the ledger -------------------------------------------------------------------------------------------------------
 
@@ -148,8 +148,7 @@ SIZE = COUNT * REGION
 def server(pool_root: Path) -> Iterator[Server]:
     """Tests restart it as they like, and use volumes of their own. A source that dies between its last change and the
     commit leaves a lease behind: a short one, so that the next sync finds it over."""
-    pool = pool_root / "pool-of-commits"
-    pool.mkdir()
+    pool = own_directory(pool_root, "pool-of-commits")
     server = Server(pool, flags=("--lease", "0.1")).start()
     yield server
     server.stop()
@@ -158,8 +157,7 @@ def server(pool_root: Path) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def origin(pool_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, bytes]]:
     """A server whose generations are sources: immutable snapshots. And what generation 1 holds."""
-    pool = pool_root / "pool-of-snapshots"
-    pool.mkdir()
+    pool = own_directory(pool_root, "pool-of-snapshots")
     server = Server(pool).start()
     source = build(tmp_path_factory.mktemp("origin") / "source", SIZE, [(0, noise(1, SIZE))])
     server.sync(source, "v", "--region-size", "64K")

@@ -20,7 +20,7 @@ import pytest
 from tests.fault.raw import REGION, Raw, Refused
 from tests.fault.stage import KILLED, DoomedServer
 from tests.images import BLOCK, Hole, change, noise
-from tests.support import until
+from tests.support import own_directory, until
 
 NAMES = frozenset(
     {
@@ -135,7 +135,7 @@ Scenes = Callable[[bool], Scene]
 def pools(request: pytest.FixtureRequest) -> Iterator[Mapping[bool, Path]]:
     """Pools to copy, in which two generations are committed; in the second one the older of them is promoted and was
     worked on."""
-    root = request.getfixturevalue(KINDS[request.param]) / f"handover-crashes-{request.param}"
+    root = own_directory(request.getfixturevalue(KINDS[request.param]), "handover-crashes")
     pool = root / "committed"
     (pool / ".seeds").mkdir(parents=True)
     server = DoomedServer(pool)

@@ -27,7 +27,7 @@ from tests.fault.local import Local
 from tests.fault.proxy import CHUNK, DOWN, UP, Proxy, proxied
 from tests.fault.raw import REGION, Raw, Refused, change_message, received, refusal, write_request
 from tests.images import KIB, MIB, build, change, noise
-from tests.support import Server, finish, ok, refused, run_cli, start_cli, until
+from tests.support import Server, finish, ok, own_directory, refused, run_cli, start_cli, until
 from tests.terminal import on_terminal
 
 SIZE = 16 * MIB
@@ -39,8 +39,7 @@ LEASE = 3.0
 @pytest.fixture(scope="module")
 def server(xfs_pool_root: Path) -> Iterator[Server]:
     """Tests use volumes of their own."""
-    pool = xfs_pool_root / "pool-behind-a-proxy"
-    pool.mkdir()
+    pool = own_directory(xfs_pool_root, "pool-behind-a-proxy")
     server = Server(pool, flags=("--keep-at-least", "last=2", "--lease", str(LEASE))).start()
     yield server
     server.stop()

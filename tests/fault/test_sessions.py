@@ -32,7 +32,7 @@ from tests.fault.raw import (
     write_request,
 )
 from tests.images import MIB, build, noise
-from tests.support import PROGRAMS, Server, finish, refused, run_cli, start_cli, until
+from tests.support import PROGRAMS, Server, finish, own_directory, refused, run_cli, start_cli, until
 
 SIZE = 8 * REGION
 LEASE = ("--lease", "0.5")
@@ -41,8 +41,7 @@ LEASE = ("--lease", "0.5")
 @pytest.fixture(scope="module")
 def server(pool_root: Path) -> Iterator[Server]:
     """A server with a lease of half a second. Tests restart it as they like, and use volumes of their own."""
-    pool = pool_root / "pool-of-sessions"
-    pool.mkdir()
+    pool = own_directory(pool_root, "pool-of-sessions")
     server = Server(pool, flags=LEASE).start()
     yield server
     server.stop()

@@ -23,7 +23,7 @@ from tests.filesystems import mounted
 from tests.images import BLOCK, KIB, MIB, Hole, Snapshot, build, change, differing_blocks, expect, noise
 from tests.integration.handovers import SIZE, demoting, held, replicated, sync, work_on
 from tests.processes import holding, loop_device
-from tests.support import Server, finish, ok, refused, refused_json, run_cli, start_cli, tree, until
+from tests.support import Server, finish, ok, own_directory, refused, refused_json, run_cli, start_cli, tree, until
 from tests.terminal import on_terminal
 
 KINDS = {"clones": "xfs_pool_root", "journal": "ext4_pool_root"}
@@ -32,8 +32,8 @@ KINDS = {"clones": "xfs_pool_root", "journal": "ext4_pool_root"}
 @pytest.fixture(scope="module", params=KINDS)
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     """Tests restart it as they like, and use volumes of their own."""
-    pool = request.getfixturevalue(KINDS[request.param]) / "pool-of-handovers"
-    (pool / ".seeds").mkdir(parents=True)
+    pool = own_directory(request.getfixturevalue(KINDS[request.param]), "pool-of-handovers")
+    (pool / ".seeds").mkdir()
     server = Server(pool, flags=("--lease", "0.2", "--keep-at-least", "last=1")).start()
     yield server
     server.stop()

@@ -18,7 +18,7 @@ from blockferry.v1 import replication_pb2 as pb
 from tests.conftest import ServerFactory
 from tests.fault.raw import Raw, received
 from tests.images import KIB, MIB, Hole, build, change, noise
-from tests.support import Report, Server, finish, ok, run_cli, start_cli, until
+from tests.support import Report, Server, finish, ok, own_directory, run_cli, start_cli, until
 
 SIZE = 8 * MIB
 LEASE = 0.2
@@ -44,8 +44,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def server(xfs_pool_root: Path) -> Iterator[Server]:
     """Tests restart it as they like, and use volumes of their own."""
-    pool = xfs_pool_root / "pool-of-points"
-    pool.mkdir()
+    pool = own_directory(xfs_pool_root, "pool-of-points")
     server = Server(pool, flags=("--lease", str(LEASE), "--keep-at-least", "last=1")).start()
     yield server
     server.stop()
@@ -155,7 +154,7 @@ def test_points_are_read_while_a_sync_goes_on(server: Server, volume: str, sourc
         copies[number] = tmp_path / f"copy-{number}"
         copies[number].write_bytes(source.read_bytes())
     change(source, [(0, noise(20, SIZE))])
-    syncing = start_cli("sync", source, server.url(volume), "--quiet", "--json", "--bwlimit", "2M")
+    syncing = start_cli("sync", source, server.url(volume), "--quiet", "--json", "--bwlimit", "1M")
     with Raw(server.address) as raw:
         until(lambda: raw.state(volume) == "UPDATING", "the sync has begun")
         for number, copy in copies.items():

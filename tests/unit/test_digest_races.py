@@ -27,9 +27,9 @@ async def test_a_reader_that_ends_leaves_the_others_watching(tmp_path: Path, fin
     gates = [asyncio.Event(), asyncio.Event()]
     both_read = asyncio.Event()
     reading = 0
-    real = session.volume.digests
+    real = session.volume.read_digests
 
-    async def slow(piece_size: int, pieces: Sequence[Run], key: bytes, region_size: int) -> bytes:
+    async def slow(piece_size: int, pieces: Sequence[Run], key: bytes, region_size: int) -> tuple[bytes, int]:
         nonlocal reading
         number, reading = reading, reading + 1
         found = await real(piece_size, pieces, key, region_size)
@@ -39,9 +39,9 @@ async def test_a_reader_that_ends_leaves_the_others_watching(tmp_path: Path, fin
             await gates[number].wait()
         return found
 
-    session.volume.digests = slow  # type: ignore[method-assign]
-    readers = [asyncio.create_task(replica.session_digests(ref, REGION, (0, 1), fresh=True)) for _ in gates]
-    await both_read.wait()
+    session.volume.read_digests = slow  # type: ignore[method-assign]
+    readers = [asyncio.create_task(replica.session_digests(ref, REGION, [(0, 1)], fresh=True)) for _ in gates]
+    await asyncio.wait_for(both_read.wait(), 30)
     gates[finish[0]].set()
     await readers[finish[0]]
 

@@ -14,6 +14,7 @@ from blockferry.common.regions import (
     Geometry,
     Provenance,
     check_region_size,
+    group_runs,
     runs_of,
     split_runs,
 )
@@ -149,6 +150,19 @@ def test_split_runs_keeps_every_number_in_order(runs: list[tuple[int, int]], mos
         index for first, count in runs for index in range(first, first + count)
     ]
     assert len(parts) == sum(-(-count // most) for _, count in runs)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 1000)), max_size=5),
+    st.integers(1, 70),
+)
+def test_group_runs_keeps_every_number_in_order(runs: list[tuple[int, int]], most: int) -> None:
+    groups = [
+        [index for first, count in group for index in range(first, first + count)] for group in group_runs(runs, most)
+    ]
+    assert list(itertools.chain(*groups)) == [index for first, count in runs for index in range(first, first + count)]
+    assert [len(group) for group in groups[:-1]] == [most] * (len(groups) - 1)
+    assert all(1 <= len(group) <= most for group in groups[-1:])
 
 
 def test_adjacent_runs_are_one_map() -> None:

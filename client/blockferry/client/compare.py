@@ -6,9 +6,10 @@ pointless: the regions are sent whole for a while, and the destination leaves eq
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from blockferry.common.digests import PIECE_DIGEST_SIZE, PIECE_SIZE, differing_pieces, digests
+from blockferry.common.digests import PIECE_DIGEST_SIZE, PIECE_SIZE, differing_pieces, digests_of_parts
 from blockferry.common.regions import BLOCK_SIZE, Run
 from blockferry.common.volumes import in_thread
 
@@ -72,13 +73,21 @@ class Refiner:
         ]
         if not runs:
             return suspects
-        theirs = await ask(piece_size, runs)
+        parts = [
+            (data[start : start + length], [(0, length)])
+            for (_, data), extents in zip(regions, suspects, strict=True)
+            for start, length in extents
+        ]
+        theirs, mine = await asyncio.gather(
+            ask(piece_size, runs), in_thread(digests_of_parts, parts, piece_size, self._key, PIECE_DIGEST_SIZE)
+        )
         position = 0
         narrowed: list[list[tuple[int, int]]] = []
         for (_, data), extents in zip(regions, suspects, strict=True):
             kept: list[tuple[int, int]] = []
             for start, length in extents:
-                ours = await in_thread(digests, data[start : start + length], piece_size, self._key, PIECE_DIGEST_SIZE)
+                count = -(-length // piece_size)
+                ours = mine[position : position + count * PIECE_DIGEST_SIZE]
                 part = theirs[position : position + len(ours)]
                 position += len(ours)
                 for index in differing_pieces(ours, part, PIECE_DIGEST_SIZE):

@@ -1,6 +1,6 @@
 """The pipeline of a sync: carries out a plan over one change stream.
 
-Batches of consecutive regions are read, hashed, asked about and sent side by side. What bounds them is bytes: buffers
+Batches of regions are read, hashed, asked about and sent side by side. What bounds them is bytes: buffers
 with source data, and changes not yet acknowledged. A region's buffer is kept until its changes are sent, so what is
 hashed is what is sent even if the source changes meanwhile.
 """
@@ -15,12 +15,12 @@ from blockferry.client.compare import Refiner
 from blockferry.client.plan import Plan
 from blockferry.client.replica import ChangeStream, ReplicaSession
 from blockferry.client.report import Phase, Tally
-from blockferry.common.digests import REGION_DIGEST_SIZE, differing_pieces, digest, fill_and_digest, nonzero_extents
+from blockferry.common.digests import REGION_DIGEST_SIZE, differing_pieces, digest, digests_of_parts, nonzero_extents
 from blockferry.common.errors import BlockferryError, Code, first_of
 from blockferry.common.flow import BufferPool
 from blockferry.common.framing import Outgoing, encode_unmap, encode_write
-from blockferry.common.regions import BLOCK_SIZE, Run, runs_of, split_runs
-from blockferry.common.volumes import Volume, in_thread
+from blockferry.common.regions import BLOCK_SIZE, Run, group_runs, runs_of, split_runs
+from blockferry.common.volumes import Volume, in_thread, parts_of
 from blockferry.v1 import replication_pb2 as pb
 from pyroaring import BitMap
 
@@ -28,7 +28,7 @@ BYTES_IN_FLIGHT = 64 * 1024 * 1024
 """Default bound in bytes: half for buffers of source data, half for changes on their way."""
 
 BATCH_SIZE = 8 * 1024 * 1024
-"""Bytes of consecutive regions handled together: one read, one hand-off to hash, one question to the destination."""
+"""Bytes of regions handled together: one hand-off to read, one to hash, one question to the destination."""
 
 UNMAP_SIZE = 1024 * 1024 * 1024
 """Bytes unmapped by one message, so that very long runs still show progress."""
@@ -39,8 +39,11 @@ MESSAGE_SIZE = 4 * 1024 * 1024
 Region = tuple[int, memoryview]
 """(offset in the volume, the region's bytes at the source)"""
 
-Handler = Callable[[int, int, int, memoryview], Awaitable[None]]
-"""(first region, count, offset in bytes, buffer to fill)"""
+Part = tuple[int, memoryview]
+"""(offset in the volume, the bytes of consecutive regions from there)"""
+
+Handler = Callable[[Sequence[Run], Sequence[Part]], Awaitable[None]]
+"""(runs of regions, for each of them the buffer to fill)"""
 
 
 class Transfer:
@@ -84,10 +87,10 @@ class Transfer:
         try:
             async with asyncio.TaskGroup() as tasks:
                 await self._unmap()
-                for first, count, compare in self._batches():
+                for runs, compare in self._batches():
                     buffer = await self._buffers.acquire()
                     handle = self._compare if compare else self._send
-                    tasks.create_task(self._handle(handle, first, count, buffer), name=f"regions-{first}")
+                    tasks.create_task(self._handle(handle, runs, buffer), name=f"regions-{runs[0][0]}")
         except* BlockferryError as group:
             failure = first_of(group)
         if failure is not None:
@@ -95,20 +98,19 @@ class Transfer:
             raise failure
         await self._send_again(await self._stream.drain())
 
-    def _batches(self) -> Iterable[tuple[int, int, bool]]:
-        """(first region, count, compare?) in ascending order, so that both disks are read in order."""
-        compare = ((first, count, True) for first, count in self._split(self._compare_regions))
-        send = ((first, count, False) for first, count in self._split(self._send_regions))
+    def _batches(self) -> Iterable[tuple[list[Run], bool]]:
+        """(runs of regions, compare?) in ascending order, so that both disks are read in order."""
+        compare = ((runs, True) for runs in self._grouped(self._compare_regions))
+        send = ((runs, False) for runs in self._grouped(self._send_regions))
         return heapq.merge(compare, send)
 
-    def _split(self, regions: BitMap) -> Iterable[Run]:
-        return split_runs(runs_of(regions, self._geometry.count), self._batch)
+    def _grouped(self, regions: BitMap) -> Iterable[list[Run]]:
+        return group_runs(runs_of(regions, self._geometry.count), self._batch)
 
-    async def _handle(self, handle: Handler, first: int, count: int, buffer: bytearray) -> None:
+    async def _handle(self, handle: Handler, runs: Sequence[Run], buffer: bytearray) -> None:
         try:
-            offset, length = self._geometry.extent(first, count)
-            data = memoryview(buffer)[:length]
-            await handle(first, count, offset, data)
+            extents = [self._geometry.extent(*run) for run in runs]
+            await handle(runs, parts_of(memoryview(buffer), extents, self._geometry.size))
         finally:
             self._buffers.release(buffer)
 
@@ -127,13 +129,12 @@ class Transfer:
 
     # --- source only: send what is not zero ------------------------------------------------------------------------
 
-    async def _send(self, first: int, count: int, offset: int, data: memoryview) -> None:
-        extents = await self._source.read_data_into(offset, data)
-        self._tally.source_read += sum(length for _, length in extents)
-        regions = list(self._regions(offset, data))
-        changes = await in_thread(_writes_of_nonzero, regions, extents)
+    async def _send(self, runs: Sequence[Run], parts: Sequence[Part]) -> None:
+        held = await self._read_held(parts)
+        regions = list(self._regions(parts))
+        changes = await in_thread(self._writes_of_parts, parts, held)
         self._tally.changed += len(changes)
-        self._tally.zero += count - len(changes)
+        self._tally.zero += len(regions) - len(changes)
         for start, region in regions:
             if start not in changes:
                 self._settle(start)
@@ -142,16 +143,15 @@ class Transfer:
 
     # --- both: compare, then send what differs ---------------------------------------------------------------------
 
-    async def _compare(self, first: int, count: int, offset: int, data: memoryview) -> None:
+    async def _compare(self, runs: Sequence[Run], parts: Sequence[Part]) -> None:
         ours, theirs = await asyncio.gather(
-            self._read_and_digest(offset, data),
-            self._session.digests(self._geometry.region_size, [(first, count)], self._tally),
+            self._read_and_digest(parts), self._session.digests(self._geometry.region_size, runs, self._tally)
         )
         differing = differing_pieces(ours, theirs, REGION_DIGEST_SIZE)
-        self._tally.equal += count - len(differing)
+        regions = list(self._regions(parts))
+        self._tally.equal += len(regions) - len(differing)
         self._tally.changed += len(differing)
-        regions = list(self._regions(offset, data))
-        for index in {*range(count)}.difference(differing):
+        for index in {*range(len(regions))}.difference(differing):
             self._settle(regions[index][0])
             self._phase.done += len(regions[index][1])
         if not differing:
@@ -175,12 +175,18 @@ class Transfer:
         if self._settling:
             self._stream.settle(offset // self._geometry.region_size, 1)
 
-    async def _read_and_digest(self, offset: int, data: memoryview) -> bytes:
-        held = await self._source.read_data_into(offset, data)
-        self._tally.source_read += sum(length for _, length in held)
+    async def _read_and_digest(self, parts: Sequence[Part]) -> bytes:
+        held = await self._read_held(parts)
+        filled = [(data, one) for (_, data), one in zip(parts, held, strict=True)]
         return await in_thread(
-            fill_and_digest, data, held, self._geometry.region_size, self._session.key, REGION_DIGEST_SIZE
+            digests_of_parts, filled, self._geometry.region_size, self._session.key, REGION_DIGEST_SIZE
         )
+
+    async def _read_held(self, parts: Sequence[Part]) -> list[list[Run]]:
+        """Fill each part where the source holds data; for each (start, length) of what was filled."""
+        held = await self._source.read_data_many(parts)
+        self._tally.source_read += sum(length for one in held for _, length in one)
+        return held
 
     async def _send_again(self, offsets: Sequence[int]) -> None:
         """Send regions whole whose digest did not match after their change. A second mismatch is a broken disk."""
@@ -204,9 +210,19 @@ class Transfer:
 
     # --- building changes ------------------------------------------------------------------------------------------
 
-    def _regions(self, offset: int, data: memoryview) -> Iterable[Region]:
+    def _regions(self, parts: Iterable[Part]) -> Iterable[Region]:
         size = self._geometry.region_size
-        return ((offset + start, data[start : start + size]) for start in range(0, len(data), size))
+        return (
+            (offset + start, data[start : start + size])
+            for offset, data in parts
+            for start in range(0, len(data), size)
+        )
+
+    def _writes_of_parts(self, parts: Sequence[Part], held: Sequence[Sequence[Run]]) -> dict[int, Outgoing]:
+        found: dict[int, Outgoing] = {}
+        for part, extents in zip(parts, held, strict=True):
+            found |= _writes_of_nonzero(self._regions([part]), extents)
+        return found
 
     async def _send_changes(self, changes: Sequence[Outgoing]) -> None:
         """Send changes, as many in a message as fit."""

@@ -14,7 +14,7 @@ from blockferry.client.compare import Refiner
 from blockferry.client.report import SCHEMA, Phase
 from blockferry.common.digests import KEY_SIZE, REGION_DIGEST_SIZE, differing_pieces
 from blockferry.common.errors import BlockferryError, Code
-from blockferry.common.regions import BLOCK_SIZE, DEFAULT_REGION_SIZE, Geometry, Run, runs_of, split_runs
+from blockferry.common.regions import BLOCK_SIZE, DEFAULT_REGION_SIZE, Geometry, Run, group_runs, runs_of
 from blockferry.common.volumes import ReplicaVolume, Volume
 
 BATCH_SIZE = 8 * 1024 * 1024
@@ -81,12 +81,11 @@ async def verify(left: Volume, right: Volume, phase: Phase) -> Differences:
     async def ask(piece_size: int, runs: Sequence[Run]) -> bytes:
         return await right.digests(piece_size, runs, key, size)
 
-    for first, count in split_runs(runs_of(regions, geometry.count), max(BATCH_SIZE // size, 1)):
-        ours, theirs = await asyncio.gather(
-            left.digests(size, [(first, count)], key, size), right.digests(size, [(first, count)], key, size)
-        )
+    for runs in group_runs(runs_of(regions, geometry.count), max(BATCH_SIZE // size, 1)):
+        ours, theirs = await asyncio.gather(left.digests(size, runs, key, size), right.digests(size, runs, key, size))
+        numbers = [region for first, count in runs for region in range(first, first + count)]
         for index in differing_pieces(ours, theirs, REGION_DIGEST_SIZE):
-            offset, length = geometry.extent(first + index)
+            offset, length = geometry.extent(numbers[index])
             data = memoryview(bytearray(length))
             await left.read_into(offset, data)
 
@@ -94,7 +93,7 @@ async def verify(left: Volume, right: Volume, phase: Phase) -> Differences:
             for start, number in blocks:
                 begin = start * BLOCK_SIZE
                 differences.add(offset + begin, min(number * BLOCK_SIZE, length - begin))
-        _, length = geometry.extent(first, count)
+        length = sum(geometry.extent(*run)[1] for run in runs)
         differences.bytes_compared += length
         phase.done += length
     return differences

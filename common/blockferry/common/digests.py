@@ -109,6 +109,13 @@ def fill_and_digest(data: memoryview, held: Sequence[Run], piece_size: int, key:
     )
 
 
+def digests_of_parts(
+    parts: Sequence[tuple[memoryview, Sequence[Run]]], piece_size: int, key: bytes, size: int
+) -> bytes:
+    """`fill_and_digest` of each (data, held), one after the other; each part begins with a piece."""
+    return b"".join(fill_and_digest(data, held, piece_size, key, size) for data, held in parts)
+
+
 def _digest_with_holes(region: memoryview, at: int, holes: Sequence[Run], key: bytes, size: int) -> bytes:
     if len(region) <= PIECE_SIZE:
         return blake3(region, key=key).digest(size)

@@ -115,6 +115,23 @@ def split_runs(runs: Iterable[Run], most: int) -> Iterator[Run]:
             first, count = first + most, count - most
 
 
+def group_runs(runs: Iterable[Run], most: int) -> Iterator[list[Run]]:
+    """Gather runs, in order and cut where need be, into groups of `most` numbers; the last may have fewer. What is
+    scattered in short runs is handled in as few steps as what lies in one piece."""
+    group: list[Run] = []
+    room = most
+    for first, count in runs:
+        while count > 0:
+            taken = min(count, room)
+            group.append((first, taken))
+            first, count, room = first + taken, count - taken, room - taken
+            if room == 0:
+                yield group
+                group, room = [], most
+    if group:
+        yield group
+
+
 @dataclass(frozen=True)
 class AllocationMap:
     """Which regions of a volume may hold data, and how that is known."""

@@ -295,24 +295,23 @@ class Replica:
             return found
 
     async def session_digests(
-        self, ref: pb.SessionRef, piece_size: int, run: Run, *, fresh: bool, key: bytes = b""
+        self, ref: pb.SessionRef, piece_size: int, runs: Sequence[Run], *, fresh: bool, key: bytes = b""
     ) -> tuple[bytes, int]:
-        """Digests of consecutive pieces of the work image, and the bytes read for them. Known digests of whole regions
+        """Digests of runs of pieces of the work image, and the bytes read for them. Known digests of whole regions
         are taken from the cache unless `fresh`. With a `key` that is not the replica's own nothing known is of use, and
         nothing is remembered."""
         async with self._using(ref) as session:
             region_size = session.geometry.region_size
             key = key or self.store.identity.key
             if piece_size != region_size or key != self.store.identity.key:
-                return await session.volume.read_digests(piece_size, [run], key, region_size)
-            first, count = run
-            wanted = BitMap(range(first, first + count))
-            missing = wanted if fresh else wanted - session.digests.known
+                return await session.volume.read_digests(piece_size, runs, key, region_size)
+            wanted = [region for first, count in runs for region in range(first, first + count)]
+            missing = BitMap(wanted) if fresh else BitMap(wanted) - session.digests.known
             read = await self._learn(session, missing) if missing else 0
             found = [session.digests.get(region) for region in wanted]
             if None in found:
                 # Changed while it was read: what is there now is what the client gets, and nothing is remembered.
-                return await session.volume.read_digests(piece_size, [run], key, region_size)
+                return await session.volume.read_digests(piece_size, runs, key, region_size)
             return b"".join(one for one in found if one is not None), read
 
     async def _learn(self, session: Session, regions: BitMap) -> int:

@@ -12,7 +12,7 @@ from blockferry.common.digests import KEY_SIZE, PIECE_SIZE
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import ByteBudget
 from blockferry.common.framing import decode_request
-from blockferry.common.regions import BLOCK_SIZE, Geometry, Run, check_region_size, runs_of, split_runs
+from blockferry.common.regions import BLOCK_SIZE, Geometry, Run, check_region_size, group_runs, runs_of
 from blockferry.common.wire import (
     PROTOCOL_VERSION,
     map_to_messages,
@@ -98,9 +98,9 @@ class ReplicationService:
                 _check_key(request.key)
             session = replica.session
             size = session.geometry.size if session else 0
-            for run in _checked_pieces(request, replica.store.identity.region_size, size):
+            for runs in _checked_pieces(request, replica.store.identity.region_size, size):
                 found, read = await replica.session_digests(
-                    request.session, request.piece_size, run, fresh=request.bypass_cache, key=request.key
+                    request.session, request.piece_size, runs, fresh=request.bypass_cache, key=request.key
                 )
                 yield pb.GetRegionDigestsResponse(digests=found, bytes_read=read)
             return
@@ -108,8 +108,8 @@ class ReplicationService:
         _check_key(request.key)
         async with replica.points.reading(request.point.number) as volume:
             region_size = replica.store.identity.region_size
-            for run in _checked_pieces(request, region_size, volume.size):
-                found, read = await volume.read_digests(request.piece_size, [run], request.key, region_size)
+            for runs in _checked_pieces(request, region_size, volume.size):
+                found, read = await volume.read_digests(request.piece_size, runs, request.key, region_size)
                 yield pb.GetRegionDigestsResponse(digests=found, bytes_read=read)
 
     async def WriteRegion(self, request: pb.WriteRegionRequest, _: Context) -> pb.WriteRegionResponse:
@@ -186,9 +186,9 @@ def _check_key(key: bytes) -> None:
         raise _invalid("the digest key is not usable", f"a key has {KEY_SIZE} bytes")
 
 
-def _checked_pieces(request: pb.GetRegionDigestsRequest, region_size: int, size: int) -> list[Run]:
-    """The runs of pieces a request asks for, cut to what is hashed at once; INVALID_ARGUMENT where they are not in a
-    volume of `size` bytes."""
+def _checked_pieces(request: pb.GetRegionDigestsRequest, region_size: int, size: int) -> list[list[Run]]:
+    """The runs of pieces a request asks for, in groups of what is hashed at once; INVALID_ARGUMENT where they are not
+    in a volume of `size` bytes."""
     if request.piece_size not in (region_size, PIECE_SIZE, BLOCK_SIZE):
         raise _invalid(
             f"digests per {request.piece_size} bytes are not possible",
@@ -198,7 +198,7 @@ def _checked_pieces(request: pb.GetRegionDigestsRequest, region_size: int, size:
     for run in request.pieces:
         if run.count < 1 or run.first + run.count > count:
             raise _invalid(f"pieces ({run.first}, {run.count}) are not in the volume", f"it has {count} of that size")
-    return list(split_runs(runs_from_wire(request.pieces), max(DIGEST_BATCH // request.piece_size, 1)))
+    return list(group_runs(runs_from_wire(request.pieces), max(DIGEST_BATCH // request.piece_size, 1)))
 
 
 def _header(replica: Replica, point: Point | None) -> pb.AllocationMapHeader:

@@ -12,7 +12,7 @@ import msgspec
 import structlog
 from blockferry.common.digests import REGION_DIGEST_SIZE
 from blockferry.common.durable import write_atomic
-from blockferry.common.regions import Geometry, runs_of, split_runs
+from blockferry.common.regions import Geometry, group_runs, runs_of
 from blockferry.common.volumes import in_thread
 from blockferry.server.cache import DigestCache
 from blockferry.server.replica import Replica
@@ -75,17 +75,18 @@ async def verify_point(replica: Replica, number: int) -> AsyncGenerator[pb.Verif
         total = geometry.bytes_in(regions)
         done = 0
         yield pb.VerifyReplicaResponse(bytes_total=total)
-        for first, count in split_runs(runs_of(regions, geometry.count), max(BATCH_SIZE // region_size, 1)):
-            found = await volume.digests(region_size, [(first, count)], store.identity.key, region_size)
-            done += geometry.extent(first, count)[1]
+        for runs in group_runs(runs_of(regions, geometry.count), max(BATCH_SIZE // region_size, 1)):
+            found = await volume.digests(region_size, runs, store.identity.key, region_size)
+            done += sum(geometry.extent(*run)[1] for run in runs)
             response = pb.VerifyReplicaResponse(bytes_done=done, bytes_total=total)
             rotten = BitMap()
-            for index in range(count):
-                expected = recorded.get(first + index)
+            numbers = [region for first, count in runs for region in range(first, first + count)]
+            for index, region in enumerate(numbers):
+                expected = recorded.get(region)
                 if expected is None:
-                    response.bytes_unrecorded += geometry.extent(first + index)[1]
+                    response.bytes_unrecorded += geometry.extent(region)[1]
                 elif expected != found[index * REGION_DIGEST_SIZE : (index + 1) * REGION_DIGEST_SIZE]:
-                    rotten.add(first + index)
+                    rotten.add(region)
             for run in runs_of(rotten, geometry.count):
                 offset, length = geometry.extent(*run)
                 response.rotten.add(offset=offset, length=length)

@@ -14,9 +14,18 @@ from blockferry.common.volumes.device import DeviceVolume
 from blockferry.common.volumes.image import ImageVolume
 from blockferry.common.volumes.nbd import NbdVolume
 from blockferry.common.volumes.replica import ReplicaVolume
-from blockferry.common.volumes.volume import Volume, in_thread
+from blockferry.common.volumes.volume import Volume, in_thread, parts_of
 
-__all__ = ["DeviceVolume", "ImageVolume", "NbdVolume", "ReplicaVolume", "Volume", "in_thread", "open_volume"]
+__all__ = [
+    "DeviceVolume",
+    "ImageVolume",
+    "NbdVolume",
+    "ReplicaVolume",
+    "Volume",
+    "in_thread",
+    "open_volume",
+    "parts_of",
+]
 
 
 async def open_volume(uri: str, *, insecure: bool = False) -> Volume:

@@ -77,6 +77,9 @@ class DescriptorVolume(Volume):
     async def read_data_into(self, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
         return await in_thread(self._read_data_into, offset, buffer)
 
+    async def read_data_many(self, parts: Sequence[tuple[int, memoryview]]) -> list[list[tuple[int, int]]]:
+        return await in_thread(lambda: [self._read_data_into(offset, buffer) for offset, buffer in parts])
+
     def _read_data_into(self, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
         found: list[tuple[int, int]] = []
         for data, length in self._held_extents(offset, len(buffer)):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import abc
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from blockferry.common.digests import Data, digest_size, fill_and_digest
+from blockferry.common.digests import Data, digest_size, digests_of_parts
 from blockferry.common.linux import Zeroing
-from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Run, split_runs
+from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Run, group_runs
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -98,6 +98,10 @@ class Volume(abc.ABC):
         await self.read_many([(offset + start, buffer[start : start + length]) for start, length in held])
         return held
 
+    async def read_data_many(self, parts: Sequence[tuple[int, memoryview]]) -> list[list[tuple[int, int]]]:
+        """`read_data_into` for each (offset, buffer)."""
+        return [await self.read_data_into(offset, buffer) for offset, buffer in parts]
+
     @abc.abstractmethod
     async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
         """Write each (offset, data). Returns when readable, not when durable."""
@@ -162,14 +166,24 @@ class Volume(abc.ABC):
         self, piece_size: int, pieces: Sequence[Run], key: bytes, region_size: int
     ) -> tuple[bytes, int]:
         """As `digests`, and the bytes that were read for them: what is proven zero is neither read nor hashed."""
-        geometry = Geometry(self.size, region_size)
         size = digest_size(piece_size, region_size)
         buffer = memoryview(bytearray(min(max(READ_SIZE, piece_size), sum(count for _, count in pieces) * piece_size)))
         found, read = [], 0
-        for first, count in split_runs(pieces, max(READ_SIZE // piece_size, 1)):
-            offset = first * piece_size
-            part = buffer[: min(count * piece_size, geometry.size - offset)]
-            held = await self.read_data_into(offset, part)
-            read += sum(length for _, length in held)
-            found.append(await in_thread(fill_and_digest, part, held, piece_size, key, size))
+        for group in group_runs(pieces, max(READ_SIZE // piece_size, 1)):
+            parts = parts_of(buffer, [(first * piece_size, count * piece_size) for first, count in group], self.size)
+            held = await self.read_data_many(parts)
+            read += sum(length for one in held for _, length in one)
+            filled = [(part, one) for (_, part), one in zip(parts, held, strict=True)]
+            found.append(await in_thread(digests_of_parts, filled, piece_size, key, size))
         return b"".join(found), read
+
+
+def parts_of(buffer: memoryview, extents: Iterable[tuple[int, int]], size: int) -> list[tuple[int, memoryview]]:
+    """Lay (offset, length) extents of a volume of `size` bytes, cut at its end, one after the other into a buffer that
+    has room for them: (offset, the part of the buffer)."""
+    found, position = [], 0
+    for offset, length in extents:
+        length = min(length, size - offset)
+        found.append((offset, buffer[position : position + length]))
+        position += length
+    return found
