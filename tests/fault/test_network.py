@@ -159,7 +159,8 @@ def test_connections_that_stall_and_go_on(server: Server, tmp_path: Path, volume
                 assert proxy.passed[direction] <= before[direction] + CHUNK
         for proxy, _, replica, terminal in syncs:
             proxy.go()
-            assert terminal.finish()[0] == 0
+            status, drawn = terminal.finish()
+            assert status == 0, drawn
             assert proxy.connections == 1
             assert server.show(replica)["generation"] == 1
             assert server.image(replica).read_bytes() == FIRST
