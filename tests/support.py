@@ -11,7 +11,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tests import zygote
 from tests.images import Snapshot
+from tests.zygote import PROGRAMS as PROGRAMS
 
-PROGRAMS = Path(sys.executable).parent
 START_SECONDS = 30
 STOP_SECONDS = 20
 
@@ -64,13 +64,12 @@ def run_cli(*args: object, unprivileged: bool = False, timeout: float = 120) -> 
     words = command(*args)
     if unprivileged and os.geteuid() == 0:
         words = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *words]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False)
-    return Finished(done.returncode, done.stdout, done.stderr)
+    return finish(zygote.popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), timeout)
 
 
 def start_cli(*args: object) -> subprocess.Popen[str]:
     """Start `blockferry` and leave it running; the test ends it."""
-    return subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return zygote.popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 60) -> Finished:
@@ -161,10 +160,15 @@ class Server:
             str(PROGRAMS / "blockferry-server"), "--pool", str(self.pool), "--listen", self.address, *self._flags,
         ]  # fmt: skip
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the process has for its environment."""
+        return dict(os.environ)
+
     def start(self) -> Server:
         """Start and wait until it says where it listens; a later start takes the same port again."""
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(self.words, stdout=subprocess.PIPE, stderr=log)
+            self._process = zygote.popen(self.words, stdout=subprocess.PIPE, stderr=log, env=self.environment)
         Server.running.append(self)
         assert self._process.stdout is not None
         line = b""

@@ -146,6 +146,11 @@ class Raw:
         request = replicas.GetReplicaRequest(volume=volume)
         return self.call("Replicas/GetReplica", request, replicas.GetReplicaResponse).replica
 
+    def volumes(self) -> set[str]:
+        """The names of all replicas."""
+        found = self.call("Replicas/ListReplicas", replicas.ListReplicasRequest(), replicas.ListReplicasResponse)
+        return {replica.volume for replica in found.replicas}
+
     def state(self, volume: str) -> str:
         """The name of a replica's state."""
         return replicas.ReplicaState.Name(self.show(volume).state).removeprefix("REPLICA_STATE_")

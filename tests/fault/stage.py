@@ -28,9 +28,10 @@ from blockferry.server.identity import PoolIdentity
 from blockferry.v1 import replicas_pb2 as replicas
 from blockferry.v1 import replication_pb2 as pb
 
+from tests import zygote
 from tests.fault.contents import contents_in, images_of
 from tests.images import BLOCK, KIB, MIB, Piece, build, noise
-from tests.support import Report, Server, command
+from tests.support import Report, Server, command, finish
 
 CRASH_POINT = "BLOCKFERRY_CRASH_POINT"
 
@@ -70,9 +71,9 @@ class DoomedServer(Server):
         """It has been killed, and its end has not been seen."""
 
     @property
-    def words(self) -> list[str]:
-        """The command line."""
-        return ["env", f"{CRASH_POINT}={self.doom}", *super().words]
+    def environment(self) -> dict[str, str]:
+        """Where it dies."""
+        return {**super().environment, CRASH_POINT: self.doom}
 
     def status(self) -> int | None:
         """The exit status, or None while it runs; reaps it."""
@@ -104,7 +105,9 @@ class DoomedServer(Server):
 
     def status_of_start(self) -> int | None:
         """Start it where it may die at once: the exit status, or None if it runs."""
-        self._process = subprocess.Popen(self.words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self._process = zygote.popen(
+            self.words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=self.environment
+        )
         Server.running.append(self)
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -180,12 +183,13 @@ class Stage:
     def start_client(self, *flags: object) -> subprocess.Popen[str]:
         """A sync in a process of its own; the test ends it."""
         words = [*self.words, *map(str, flags)]
-        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return zygote.popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def status_of_client(self, doom: str) -> int:
         """Run a client that dies at a crash point; its exit status."""
-        words = ["env", f"{CRASH_POINT}={doom}", *self.words]
-        return subprocess.run(words, capture_output=True, check=False, timeout=60).returncode
+        environment = {**os.environ, CRASH_POINT: doom}
+        words, pipe = self.words, subprocess.PIPE
+        return finish(zygote.popen(words, stdout=pipe, stderr=pipe, text=True, env=environment)).status
 
     async def sync(self) -> Report:
         """Sync the source as it is; the generation is known afterwards."""

@@ -92,7 +92,7 @@ def test_a_second_writer_is_refused_naming_the_first_and_takes_over_once_it_is_k
     first = start_cli("sync", source, server.url(volume), "--bwlimit", "4M", "--quiet")
     try:
         with Raw(server.address) as raw:
-            until(lambda: volume in _names(server) and raw.state(volume) == "SYNCING", "the first sync has begun")
+            until(lambda: volume in raw.volumes() and raw.state(volume) == "SYNCING", "the first sync has begun")
             until(lambda: raw.show(volume).bytes_held > 2 * MIB, "the first sync has sent something")
             holder = raw.show(volume).session_client
             assert holder.endswith(f"(process {first.pid})")
@@ -107,10 +107,6 @@ def test_a_second_writer_is_refused_naming_the_first_and_takes_over_once_it_is_k
     finally:
         first.kill()
         first.communicate()
-
-
-def _names(server: Server) -> list[str]:
-    return [path.name for path in server.pool.iterdir()]
 
 
 # --- zombies ----------------------------------------------------------------------------------------------------------
@@ -270,7 +266,7 @@ def test_a_quiet_sync_keeps_its_lease(start_server: ServerFactory, volume: str, 
     source = build(tmp_path / "source", 2 * MIB, [(0, noise(1, 2 * MIB))])
     with Raw(server.address) as raw:
         syncing = start_cli("sync", source, server.url(volume), "--bwlimit", "500K", "--quiet", "--json")
-        until(lambda: volume in _names(server) and bool(raw.show(volume).session_client), "the sync has begun")
+        until(lambda: volume in raw.volumes() and bool(raw.show(volume).session_client), "the sync has begun")
         attempts = 0
         while syncing.poll() is None:
             try:
