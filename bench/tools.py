@@ -208,3 +208,15 @@ class Rsync(_FileTool):
     def command(self, source: Path | str) -> list[str]:
         return ["rsync", "--inplace", "--sparse", "--checksum", "--no-whole-file", "--fsync", str(source),
                 f"rsync://127.0.0.1:{self._port}/bench/image.raw"]  # fmt: skip
+
+
+class Cp(_FileTool):
+    """cp and an fsync: what the file system itself takes for such writes, with no other site and nothing compared."""
+
+    name = "cp, on one file system"
+
+    def prepare(self, source: Path, old: Path | None) -> None:
+        self._reset(source, old)
+
+    def command(self, source: Path | str) -> list[str]:
+        return ["sh", "-c", 'cp --sparse=always "$1" "$2" && sync "$2"', "sh", str(source), str(self.image)]
