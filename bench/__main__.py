@@ -14,11 +14,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import allocation, commits, datapath, floor
+from bench import allocation, commits, datapath, floor, nbd
 
 ENTRIES = {
     allocation.NAME: allocation.measure,
     datapath.NAME: datapath.measure,
+    nbd.NAME: nbd.measure,
     commits.NAME: commits.measure,
     floor.NAME: floor.measure,
 }

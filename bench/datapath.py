@@ -39,6 +39,8 @@ class Row:
     tools: list[Tool]
     expectations: list[tuple[str, str, float]]
     """(tool, peer, the most its median may be as a multiple of the peer's)"""
+    export: str = ""
+    """The NBD URI under which the tools read the source; empty: they read the file."""
 
 
 @contextlib.contextmanager
@@ -65,7 +67,9 @@ def _once(tool: Tool, row: Row) -> float:
     try:
         os.sync()
         began = time.perf_counter()
-        subprocess.run(tool.command(row.source), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        subprocess.run(
+            tool.command(row.export or row.source), check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
         seconds = time.perf_counter() - began
         if not workload.same_content(row.source, tool.image):
             raise AssertionError(f"{tool.name}: the destination differs from the source after {row.name!r}")
@@ -88,7 +92,7 @@ class Result:
         return {name: statistics.median(found) for name, found in self.seconds.items()}
 
 
-def _run_all(rows: Sequence[Row], runs: int, say: Callable[[str], None]) -> list[Result]:
+def run_all(rows: Sequence[Row], runs: int, say: Callable[[str], None]) -> list[Result]:
     """Run all tools of each row in turn."""
     results = []
     for row in rows:
@@ -161,7 +165,19 @@ def measure(runs: int = RUNS, only: Sequence[str] = (), tools: Sequence[str] = (
         rows = _rows(sources, destination, tmpfs, only)
         for row in rows:
             row.tools[:] = [tool for tool in row.tools if not tools or tool.name in tools]
-        results = _run_all(rows, runs, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
+        results = run_all(rows, runs, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
+    table, broken = tabulated(results)
+    return {
+        "title": "the data path against its peers",
+        "rows": table,
+        "summary": f"sources on tmpfs, page cache warm; destinations on {kind}; every run ends with an fsync at the "
+        f"destination and a comparison; medians of {runs}",
+        "broken": broken,
+    }
+
+
+def tabulated(results: Sequence[Result]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a table, and a sentence for every expectation that was not met."""
     table: list[dict[str, Any]] = []
     broken: list[str] = []
     for result in results:
@@ -180,13 +196,7 @@ def measure(runs: int = RUNS, only: Sequence[str] = (), tools: Sequence[str] = (
                 ratio = result.medians[tool] / result.medians[peer]
                 if ratio > most:
                     broken.append(f"{result.row.name}: {tool} took {ratio:.2f} x {peer}, expected at most {most:.2f}")
-    return {
-        "title": "the data path against its peers",
-        "rows": table,
-        "summary": f"sources on tmpfs, page cache warm; destinations on {kind}; every run ends with an fsync at the "
-        f"destination and a comparison; medians of {runs}",
-        "broken": broken,
-    }
+    return table, broken
 
 
 def main(argv: list[str] | None = None) -> int:

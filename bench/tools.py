@@ -53,8 +53,8 @@ class Tool(abc.ABC):
         """Make the destination empty, or equal to `old`, and start the daemon."""
 
     @abc.abstractmethod
-    def command(self, source: Path) -> list[str]:
-        """What is timed."""
+    def command(self, source: Path | str) -> list[str]:
+        """What is timed; `source` is a file or an NBD URI."""
 
     @property
     @abc.abstractmethod
@@ -110,7 +110,7 @@ class Blockferry(Tool):
         self._address = server.stdout.readline().split()[-1]
         self._daemon = server  # type: ignore[assignment]
 
-    def command(self, source: Path) -> list[str]:
+    def command(self, source: Path | str) -> list[str]:
         state = self.directory.with_name(self.directory.name + "-state")
         return [
             str(BIN / "blockferry"), "sync", str(source), f"{self._address}/bench", "--json", "--quiet",
@@ -160,7 +160,7 @@ class Nbdcopy(_FileTool):
         self._start(["nbdkit", "-f", "-i", "127.0.0.1", "-p", str(self._port), "file", str(self.image)])
         wait_for_port(self._port)
 
-    def command(self, source: Path) -> list[str]:
+    def command(self, source: Path | str) -> list[str]:
         extra = ["--destination-is-zero"] if self._told_empty else []
         return ["nbdcopy", "--flush", *extra, str(source), f"nbd://127.0.0.1:{self._port}"]
 
@@ -180,7 +180,7 @@ class QemuImg(_FileTool):
         )  # fmt: skip
         wait_for_port(self._port)
 
-    def command(self, source: Path) -> list[str]:
+    def command(self, source: Path | str) -> list[str]:
         extra = ["--target-is-zero"] if self._empty else []
         return ["qemu-img", "convert", "-n", *extra, "-f", "raw", "-O", "raw", str(source),
                 f"nbd://127.0.0.1:{self._port}"]  # fmt: skip
@@ -205,6 +205,18 @@ class Rsync(_FileTool):
         )  # fmt: skip
         wait_for_port(self._port)
 
-    def command(self, source: Path) -> list[str]:
+    def command(self, source: Path | str) -> list[str]:
         return ["rsync", "--inplace", "--sparse", "--checksum", "--no-whole-file", "--fsync", str(source),
                 f"rsync://127.0.0.1:{self._port}/bench/image.raw"]  # fmt: skip
+
+
+class Cp(_FileTool):
+    """cp and an fsync: what the file system itself takes for such writes, with no other site and nothing compared."""
+
+    name = "cp, on one file system"
+
+    def prepare(self, source: Path, old: Path | None) -> None:
+        self._reset(source, old)
+
+    def command(self, source: Path | str) -> list[str]:
+        return ["sh", "-c", 'cp --sparse=always "$1" "$2" && sync "$2"', "sh", str(source), str(self.image)]

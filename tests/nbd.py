@@ -1,4 +1,5 @@
-"""Real NBD servers for tests: nbdkit and qemu-nbd in processes of their own, ended by process id only."""
+"""Real NBD servers for tests: nbdkit, qemu-nbd and qemu-storage-daemon in processes of their own, ended by process id
+only."""
 
 from __future__ import annotations
 
@@ -35,6 +36,21 @@ class Served:
         lines = self.logged().splitlines()
         found = (re.fullmatch(r"\S+ \S+ connection=\d+ (\w+) id=\d+ ?(.*?) ?\.\.\.", line) for line in lines)
         return [f"{one[1]} {one[2]}".strip() for one in found if one]
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """It does nothing, as on a host that hangs: its connections stay."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            # The signal is on its way to each thread; one of them may still answer.
+            while not all(
+                thread.read_text().rpartition(")")[2].split()[0] == "T"
+                for thread in Path(f"/proc/{self.process.pid}/task").glob("*/stat")
+            ):
+                time.sleep(0.001)
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL, as a crash."""
@@ -94,6 +110,21 @@ def qemu_nbd(
     command = ["qemu-nbd", "--persistent", "--shared=8", f"--pid-file={ready}"]
     command += [f"--port={where}", "--bind=127.0.0.1"] if tcp else [f"--socket={where}"]
     return _running([*command, *map(str, words)], ready, uri, directory / "none")
+
+
+def storage_daemon(
+    directory: Path, image: Path, *, writable: bool = False
+) -> contextlib.AbstractContextManager[Served]:
+    """qemu-storage-daemon with a qcow2 image, as it runs beside virtual machines. The export is called `disk`."""
+    number = next(_numbers)
+    ready, path = directory / f"daemon-{number}.pid", directory / f"nbd-{number}.sock"
+    writes = "on" if writable else "off"
+    command = ["qemu-storage-daemon", "--pidfile", str(ready)]
+    command += ["--blockdev", f"driver=file,node-name=file,filename={image},discard=unmap"]
+    command += ["--blockdev", "driver=qcow2,node-name=disk,file=file,discard=unmap"]
+    command += ["--nbd-server", f"addr.type=unix,addr.path={path}"]
+    command += ["--export", f"type=nbd,id=export,node-name=disk,name=disk,writable={writes}"]
+    return _running(command, ready, f"nbd+unix:///disk?socket={path}", directory / "none")
 
 
 def _where(directory: Path, number: int, tcp: bool, scheme: str) -> tuple[str, str]:

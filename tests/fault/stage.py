@@ -363,8 +363,8 @@ StageFactory = Callable[..., Stage]
 
 
 @contextlib.contextmanager
-def stages(scratch: Path) -> Iterator[StageFactory]:
-    """Makes stages, each with a pool and a server of its own, and clears them away."""
+def stages(scratch: Path, kind: type[Stage] = Stage) -> Iterator[StageFactory]:
+    """Makes stages of a kind, each with a pool and a server of its own, and clears them away."""
     made: list[Stage] = []
 
     def make(root: Path, doom: str = "", *, clones: bool = True, size: int = SMALL) -> Stage:
@@ -372,7 +372,7 @@ def stages(scratch: Path) -> Iterator[StageFactory]:
         pool.mkdir()
         # A pool that is known already: the start of the server is not part of the life that is gone through.
         PoolIdentity(pool).settle({})
-        made.append(Stage(DoomedServer(pool, doom), scratch, clones=clones, size=size))
+        made.append(kind(DoomedServer(pool, doom), scratch, clones=clones, size=size))
         return made[-1]
 
     try:

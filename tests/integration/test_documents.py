@@ -14,15 +14,21 @@ from blockferry.client import replica, transfer
 from blockferry.client.cli.main import build_parser
 from blockferry.common import rpc
 from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.nbd import client, connection
+from blockferry.common.nbd import protocol as nbd_protocol
 from blockferry.common.retention import DEFAULT
 from blockferry.common.rpc import to_status
+from blockferry.common.volumes import nbd
 from blockferry.server import changes, clones, content, identity, journal, pool, scrub, scrubber, space, store
 from blockferry.server import main as server_main
 from blockferry.server.main import _arguments as server_arguments
 from blockferry.server.pools import PoolSpec
 from blockferry.v1 import replicas_pb2, replication_pb2
 
+from bench.nbd import MOST_RATIO
 from bench.peers import blockferry, script, serving
+from tests.integration.test_interop import FORMATS, MOST_SECONDS
+from tests.tables import document, first_word, table
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -60,7 +66,7 @@ def test_commands_of_the_documents_are_commands() -> None:
     lines = {path.name: [line.split() for line in code_blocks(path)] for path in DOCUMENTS}
     clients = [words for found in lines.values() for words in found if words[:1] == ["blockferry"]]
     servers = [words for found in lines.values() for words in found if words[:1] == ["blockferry-server"]]
-    assert (len(clients), len(servers)) == (27, 3)
+    assert (len(clients), len(servers)) == (32, 3)
     for words in clients:
         build_parser().parse_args(words[1:])
     named = {words[2]: server_arguments(words[1:]).pool for words in servers}
@@ -97,6 +103,26 @@ def run_help(program: str, *arguments: str) -> str:
         [script(program), *arguments, "--help"], capture_output=True, text=True, timeout=60, check=True
     )
     return done.stdout
+
+
+def test_formats_and_bounds_of_the_volumes_are_those_that_are_tested() -> None:
+    text = document("docs/volumes.md")
+    assert [first_word(row) for row in table(text, "## Image formats").rows] == list(FORMATS)
+    bounds = table(text, "## Bounds")
+    values = [bounds.cells[row, "value"] for row in bounds.rows]
+    mib = 1024 * 1024
+    assert values == [
+        f"{client.HANDSHAKE_SECONDS:g} s",
+        f"{client.TIMEOUT_SECONDS:g} s",
+        f"{connection.CLOSE_SECONDS:g} s",
+        f"{client.CONNECTIONS}",
+        f"{connection.MAX_REQUESTS}",
+        f"{nbd_protocol.MAX_PAYLOAD // mib} MiB, or less if the server says so",
+        f"{client.ZERO_SIZE // mib} MiB",
+        f"{nbd.STATUS_REQUESTS}",
+        f"{MOST_SECONDS:g} s",
+        f"{MOST_RATIO:g} times",
+    ]
 
 
 def test_every_flag_of_sync_is_in_the_readme() -> None:

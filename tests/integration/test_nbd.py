@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import ssl
 import subprocess
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -499,19 +498,6 @@ async def test_raw_by_qemu(image: Path, tmp_path: Path) -> None:
             assert await content_of(volume) == bytes(4 * MIB) + b"x" * MIB
             assert await allocated(volume) == [(4, 1)]
     assert content(image) == bytes(4 * MIB) + b"x" * MIB
-
-
-async def test_the_map_of_an_empty_tebibyte(tmp_path: Path) -> None:
-    """A request per 4 GiB, which is as much as one can ask about."""
-    path = tmp_path / "large.qcow2"
-    qemu_img("create", "-q", "-f", "qcow2", path, "1T")
-    with qemu_nbd(tmp_path, "--read-only", "-f", "qcow2", path) as served:
-        async with opened(served.uri) as volume:
-            started = time.monotonic()
-            assert await allocated(volume) == []
-            seconds = time.monotonic() - started
-            assert volume._client.sent == {Command.BLOCK_STATUS: 257}
-    print(f"the map of an empty 1 TiB qcow2: 257 requests, {seconds:.3f} s")
 
 
 async def test_a_large_read_by_many_connections(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from blockferry.common.volumes import ImageVolume
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.filesystems import KINDS, FileSystems, Unavailable
+from tests.filesystems import KINDS, MUTE, FileSystems, Unavailable, allocate_exactly
 from tests.processes import holding, loop_device
 from tests.unit.conftest import Place
 
@@ -126,6 +126,54 @@ async def test_where_the_file_system_cannot_tell_everything_counts_as_allocated(
         assert (list(found.regions), found.provenance) == ([0, 1, 2, 3], Provenance.ABSENT)
         # Nobody knows what was data: all of it may have been.
         assert await volume.unmap([(REGION, REGION)]) == REGION
+
+
+@pytest.mark.parametrize("exactly", [False, True])
+async def test_what_xfs_sets_aside_around_a_write_to_a_clone_counts_as_data_once_it_was_read(
+    place: Place, exactly: bool
+) -> None:
+    """Why an update may read holes of its destination again; and how tests keep that from happening."""
+    directory = place("xfs")
+    if exactly:
+        allocate_exactly(directory)
+    async with writable(directory / "image", 64 * BLOCK) as image:
+        await image.write([(block * BLOCK, b"x" * BLOCK) for block in (0, 10, 40)])
+        await image.flush()
+    async with writable(directory / "clone", 64 * BLOCK) as clone:
+        with (directory / "image").open("rb") as source:
+            linux.reflink(source.fileno(), clone._fd)
+        held = [(0, BLOCK), (10 * BLOCK, BLOCK), (40 * BLOCK, BLOCK)]
+        assert await clone.data_extents(0, 64 * BLOCK) == held
+        await content(clone)
+        # Holes remain holes, also with their zeros in the page cache.
+        assert await clone.data_extents(0, 64 * BLOCK) == held
+        await clone.write([(10 * BLOCK, b"y" * BLOCK)])
+        set_aside = [(0, 32 * BLOCK), (40 * BLOCK, BLOCK)]
+        assert await clone.data_extents(0, 64 * BLOCK) == (held if exactly else set_aside)
+        expected = bytearray(64 * BLOCK)
+        for block, data in ((0, b"x"), (10, b"y"), (40, b"x")):
+            expected[block * BLOCK : (block + 1) * BLOCK] = data * BLOCK
+        assert await content(clone) == expected
+
+
+async def test_where_the_file_system_calls_everything_data_that_is_not_taken_for_knowledge(
+    file_systems: FileSystems,
+) -> None:
+    try:
+        path = file_systems.directory(MUTE) / uuid.uuid4().hex
+    except Unavailable as error:
+        pytest.skip(str(error))
+    async with writable(path, 3 * REGION + 1) as volume:
+        await volume.write([(REGION, b"x" * BLOCK)])
+        found = await volume.allocation(REGION)
+        assert (list(found.regions), found.provenance) == ([0, 1, 2, 3], Provenance.ABSENT)
+        # Nobody knows what was data: all of it may have been.
+        assert await volume.deallocate([(REGION, REGION)]) == (REGION, [])
+        assert await content(volume) == bytes(3 * REGION + 1)
+        # When all of it takes space there is nothing to be known.
+        await volume.write([(0, b"x" * volume.size)])
+        assert await regions_of(volume) == [0, 1, 2, 3]
+    path.unlink()
 
 
 @pytest.mark.parametrize(("target", "name"), [(linux, "data_extents"), (os, "fsync")])

@@ -350,6 +350,38 @@ async def test_reserved_space_is_given_back_with_the_work(
     store.abandon()
 
 
+@pytest.mark.parametrize("given_up", [False, True])
+async def test_space_for_what_a_volume_grows_by_is_reserved_too(
+    reserving: Store, monkeypatch: pytest.MonkeyPatch, given_up: bool
+) -> None:
+    store = reserving
+    await sparse(store)
+    image = journal_of(store).image
+    before, larger, first = space(image), SIZE + 30 * B, SIZE // B + 1
+    async with working(store, larger) as work:
+        await work.write([(first * B, b"y" * 20 * B)])
+        await work.flush()
+        if given_up:
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    store.generations, "commit", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "injected"))
+                )
+                with pytest.raises(OSError, match="injected"):
+                    await store.commit(work, IDS[2], larger, DigestCache())
+        else:
+            await store.commit(work, IDS[2], larger, DigestCache())
+    assert (space(image), image.stat().st_size) == (before + 20 * B, SIZE)
+    if given_up:
+        await store.reload()
+        await store.discard_work()
+        assert (space(image), image.stat().st_size) == (before, SIZE)
+    else:
+        await store.complete()
+        content = b"x" * B + bytes((first - 1) * B) + b"y" * 20 * B
+        assert image.read_bytes() == content + bytes(larger - len(content))
+        assert space(image) == before + 20 * B
+
+
 async def test_space_that_an_earlier_attempt_reserved_is_given_back_by_the_one_that_succeeds(
     reserving: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

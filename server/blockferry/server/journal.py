@@ -279,7 +279,7 @@ class JournalContent(Content):
         self._undo[newest.commit_id] = await self._capture(newest, redo)
         base = await self._opened_base()
         self._reservations += 1
-        await base.reserve(extents(redo.data, base.size))
+        await base.reserve(extents(redo.data, redo.size))
         disk.crash_point("commit-space-reserved")
         target = self._named(point, REDO)
         await in_thread(disk.rename, self.work, target)

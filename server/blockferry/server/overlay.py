@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from blockferry.common.digests import Data
 from blockferry.common.errors import BlockferryError, Code, from_os_error
-from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Run
+from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Provenance, Run
 from blockferry.common.volumes import Volume, in_thread
 from blockferry.server.delta import Delta, blocks_of, runs
 from blockferry.server.gate import Gate
@@ -116,10 +116,15 @@ class OverlayVolume(Volume):
         async with self._gate.passing():
             # Data that the file system has not placed yet may be reported as a hole.
             below = await self.base.allocation(region_size)
-            if not any(delta.data or delta.zero for delta in self._layers()):
-                return AllocationMap(geometry, below.regions & _regions(geometry.count), below.provenance)
-            extents = await self._data_extents(0, self.size)
-        return AllocationMap.from_extents(geometry, extents, below.provenance)
+            if any(delta.data or delta.zero for delta in self._layers()):
+                extents = await self._data_extents(0, self.size)
+                found = AllocationMap.from_extents(geometry, extents, below.provenance)
+            else:
+                found = AllocationMap(geometry, below.regions & _regions(geometry.count), below.provenance)
+        if found.provenance is Provenance.ABSENT and len(found.regions) < geometry.count:
+            # Of the base nothing is known; what a delta has zeroed, or the volume has grown by, is.
+            return AllocationMap(geometry, found.regions, Provenance.CONSERVATIVE)
+        return found
 
     # --- writing --------------------------------------------------------------------------------------------------
 

@@ -490,6 +490,8 @@ class Connection(asyncio.BufferedProtocol):
         code, next_step = _REFUSALS.get(
             error.error, (Code.IO_ERROR, "check the server's disk and log, then run it again")
         )
+        if code is Code.READ_ONLY and pending.command in (Command.READ, Command.BLOCK_STATUS):
+            code = Code.UNREADABLE
         where = "" if error.offset is None else f" at {error.offset}"
         message = f": {protocol.printable(error.message)}" if error.message else ""
         return BlockferryError(

@@ -1,13 +1,15 @@
 """Raw image files.
 
 Allocation comes from SEEK_DATA/SEEK_HOLE on a descriptor of its own, after an fsync: with dirty pages some file systems
-have reported holes where data was about to be. Where the file system cannot tell, everything counts as allocated.
+have reported holes where data was about to be. Where the file system cannot tell, everything counts as allocated; most
+that cannot do not say so, but call the whole file data (lseek(2)).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import stat
 from collections.abc import Sequence
@@ -18,6 +20,9 @@ from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import AllocationMap, Geometry, Provenance
 from blockferry.common.volumes.descriptor import DescriptorVolume
 from blockferry.common.volumes.volume import in_thread
+
+_BLOCKS_UNIT = 512
+"""Bytes that st_blocks counts in, whatever the file system (inode(7))."""
 
 
 class ImageVolume(DescriptorVolume):
@@ -100,7 +105,11 @@ class ImageVolume(DescriptorVolume):
             raise from_os_error(error, "cannot read the allocation", volume=self.uri) from error
         try:
             found = linux.data_extents_apart(self._fd, 0, self.size)
-            return AllocationMap.from_extents(geometry, found, Provenance.EXACT)
+            first = next(found, (0, 0))
+            if first == (0, self.size) and os.fstat(self._fd).st_blocks * _BLOCKS_UNIT < self.size:
+                # All of it data, and less space taken than that: nothing was told.
+                return AllocationMap.full(geometry)
+            return AllocationMap.from_extents(geometry, itertools.chain([first], found), Provenance.EXACT)
         except OSError as error:
             if error.errno in linux.NOT_SUPPORTED:
                 return AllocationMap.full(geometry)
@@ -159,8 +168,12 @@ class ImageVolume(DescriptorVolume):
     def _release(self) -> None:
         # Not by SEEK_DATA: what somebody has read of a reservation is in the page cache, and counts as data there.
         with contextlib.suppress(OSError):
-            for start, length in list(linux.unwritten_extents(self._fd)):
+            reserved = list(linux.unwritten_extents(self._fd))
+            for start, length in reserved:
                 linux.fallocate(self._fd, linux.PUNCH_HOLE, start, length)
+            if reserved and sum(reserved[-1]) > self.size_now():
+                # ext4 punches nothing past the end of a file, but cuts it off.
+                disk.truncate(self._fd, self.size_now())
 
     async def resize(self, size: int) -> None:
         """Grow to `size` bytes; what it grows by reads as zeros."""
