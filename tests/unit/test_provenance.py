@@ -114,12 +114,9 @@ class DirectSession(ReplicaSession):
         return await self._replica.session_allocation(self.ref, 0)
 
     async def digests(self, piece_size: int, pieces: Sequence[Run], tally: Tally) -> bytes:
-        parts = []
-        for run in pieces:
-            found, read = await self._replica.session_digests(self.ref, piece_size, run, fresh=False)
-            parts.append(found)
-            tally.destination_read += read
-        return b"".join(parts)
+        found, read = await self._replica.session_digests(self.ref, piece_size, pieces, fresh=False)
+        tally.destination_read += read
+        return found
 
 
 class DirectStream(ChangeStream):
