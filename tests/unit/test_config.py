@@ -200,9 +200,16 @@ def test_what_no_server_can_do_yet_is_refused_rather_than_left_out() -> None:
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_its_path(text: str, line: str) -> None:
-    found = [one for one in lines(text) if not one.endswith("remove the section")]
+    found = [one for one in lines(text) if not one.endswith(("remove the section", "remove the grants"))]
     assert len(found) == 1
     assert found[0].startswith(line) if line.endswith(": ") else found[0] == line
+
+
+def test_grants_need_certificates() -> None:
+    grant = "[[grant]]\nsan = 'x'\nrole = 'agent'\n"
+    assert "grant: without TLS nobody can be told apart; add a section [tls], or remove the grants" in lines(grant)
+    # Something is wrong there already.
+    assert not any("told apart" in line for line in lines(grant + "[tls]\ncert = '/c'\n"))
 
 
 def test_a_name_of_a_pool_is_a_name() -> None:
