@@ -180,7 +180,7 @@ class Server:
                 self.kill()
                 raise AssertionError(f"the server did not start:\n{self.log.read_text()}")
             line += part
-        said, _, self.address = line.decode().strip().rpartition(" ")
+        said, _, self.address = line.decode().splitlines()[0].rpartition(" ")
         assert said == "listening on", line
         return self
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from blockferry.common import disk, rpc
+from blockferry.common.config import LimitsConfig
 from blockferry.common.flow import ByteBudget
 from blockferry.common.retention import Retention
 from blockferry.server import pool as pool_module
+from blockferry.server.limits import Limits
 from blockferry.server.pool import Pool
 from blockferry.server.pools import Pools
 from blockferry.server.replica import Replica
@@ -24,8 +27,16 @@ from blockferry.v1 import replication_pb2 as pb
 
 from tests.fault.raw import REGION, change_message, wire_runs, write_request
 
-NO_CONTEXT: Any = None
-"""The services do not look at their gRPC context."""
+
+class _Caller:
+    """What the services look at of their gRPC context: where a call comes from."""
+
+    def peer(self) -> str:
+        """As of every UNIX socket."""
+        return "unix:"
+
+
+NO_CONTEXT: Any = _Caller()
 
 
 class Clock:
@@ -45,7 +56,8 @@ class Local:
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         pools = Pools([pool])
-        self.replication = ReplicationService(pools, 64 * 1024 * 1024)
+        self.limits = Limits(LimitsConfig(bytes_in_flight=64 * 1024 * 1024), time.monotonic)
+        self.replication = ReplicationService(pools, self.limits)
         self.replicas = ReplicasService(pools)
 
     @classmethod
@@ -78,7 +90,7 @@ class Local:
     @property
     def budget(self) -> ByteBudget:
         """The bytes of changes that all streams together may have in flight."""
-        return self.replication._budget
+        return self.limits.budget
 
     def replica(self, volume: str) -> Replica:
         """What a client never sees."""

@@ -97,7 +97,7 @@ def test_a_number_that_is_none_is_left_out(text: str) -> None:
         (grpc.StatusCode.UNAVAILABLE, "Socket closed", Code.UNAVAILABLE, f"lost the connection to {ADDRESS}"),
         (grpc.StatusCode.CANCELLED, "", Code.UNAVAILABLE, f"lost the connection to {ADDRESS}"),
         (grpc.StatusCode.UNIMPLEMENTED, "Method not found!", Code.PROTOCOL, f"{ADDRESS} does not know this call"),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, "too large", Code.INTERNAL, f"{ADDRESS} failed"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "too large", Code.LIMITED, f"{ADDRESS} refuses a call"),
     ],
 )  # fmt: skip
 def test_what_a_bare_status_means(status: grpc.StatusCode, details: str, code: Code, what: str) -> None:
@@ -111,7 +111,7 @@ def test_grpc_knows_every_option() -> None:
     found = importlib.util.find_spec("grpc._cython.cygrpc")
     assert found is not None and found.origin is not None
     library = Path(found.origin).read_bytes()
-    names = {name for name, _ in [*rpc._SERVER_OPTIONS, *rpc._CLIENT_OPTIONS]}
-    assert len(names) == 14
+    names = {name for name, _ in [*rpc._SERVER_OPTIONS, *rpc._CLIENT_OPTIONS]} | set(rpc._BOUNDS)
+    assert len(names) == 16
     assert {name for name in names if b"%s\0" % name.encode() not in library} == set()
     assert b"grpc.http2.min_recv_ping_interval_without_data_ms\0" not in library

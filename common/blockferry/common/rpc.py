@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
-from typing import Any, TypeVar, cast
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -60,6 +60,9 @@ _SERVER_OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
+_BOUNDS = ("grpc.max_receive_message_length", "grpc.max_allowed_incoming_connections", "grpc.max_concurrent_streams")
+"""What an administrator may bound."""
+
 _CLIENT_OPTIONS = [*_COMMON_OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
 
 _STATUS = {
@@ -74,6 +77,7 @@ _STATUS = {
     Code.STALE_EPOCH: grpc.StatusCode.FAILED_PRECONDITION,
     Code.WRONG_STATE: grpc.StatusCode.FAILED_PRECONDITION,
     Code.OUT_OF_SPACE: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Code.LIMITED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Code.READ_ONLY: grpc.StatusCode.FAILED_PRECONDITION,
     Code.IO_ERROR: grpc.StatusCode.DATA_LOSS,
     Code.SOURCE_CHANGED: grpc.StatusCode.ABORTED,
@@ -136,6 +140,14 @@ def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> BlockferryError
                 cause="the server went away" if lost else "no server answers there",
                 next="check that blockferry-server runs there, then run this again",
             )
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            # gRPC's own words: a message that is larger than the receiver takes, or no room for another call.
+            return BlockferryError(
+                Code.LIMITED,
+                f"{address} refuses a call",
+                cause=details,
+                next="use a smaller --region-size, or raise limits.message_size in the server's configuration",
+            )
         case grpc.StatusCode.UNIMPLEMENTED:
             return BlockferryError(
                 Code.PROTOCOL, f"{address} does not know this call", cause=details, next="update the server"
@@ -188,12 +200,13 @@ def _log() -> Any:
     return structlog.get_logger("blockferry.rpc")
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BlockferryError, method: str) -> None:
-    _log().info("refused", method=method, **{key: value for key, value in error.fields().items() if value is not None})
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BlockferryError) -> NoReturn:
+    """End a call with an error and all its fields."""
     status = to_status(error)
     await context.abort(
         _STATUS[error.code], status.message, trailing_metadata=((_DETAILS_KEY, status.SerializeToString()),)
     )
+    raise AssertionError
 
 
 def _guarded(method: MethodDescriptor, implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,7 +218,9 @@ def _guarded(method: MethodDescriptor, implementation: Callable[..., Any]) -> Ca
         if not isinstance(error, BlockferryError):
             _log().error("bug", method=method.name, exc_info=error)
             error = BlockferryError(Code.INTERNAL, f"{method.name} failed", cause=repr(error), next="report this")
-        await _abort(context, error, method.name)
+        fields = {key: value for key, value in error.fields().items() if value is not None}
+        _log().info("refused", method=method.name, **fields)
+        await abort(context, error)
 
     if method.server_streaming:
 
@@ -255,9 +270,18 @@ def add_service(
 Server = grpc.aio.Server
 
 
-def make_server() -> grpc.aio.Server:
-    """A server with the options both sides agree on; nothing is bound yet."""
-    return grpc.aio.server(options=_SERVER_OPTIONS)
+def make_server(
+    *,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    message_size: int = MAX_MESSAGE,
+    connections: int | None = None,
+    streams: int | None = None,
+) -> grpc.aio.Server:
+    """A server with the options both sides agree on; nothing is bound yet. It takes messages of `message_size` bytes,
+    so many `connections`, and so many `streams` on each (None: any number)."""
+    bounds = zip(_BOUNDS, (message_size, connections, streams), strict=True)
+    options = {**dict(_SERVER_OPTIONS), **{name: bound for name, bound in bounds if bound is not None}}
+    return grpc.aio.server(interceptors=interceptors, options=list(options.items()))
 
 
 def bind(server: grpc.aio.Server, uri: str, *, insecure: bool) -> str:
