@@ -16,7 +16,7 @@ from blockferry.common import rpc
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import DEFAULT
 from blockferry.common.rpc import to_status
-from blockferry.server import changes, clones, content, identity, journal, pool, scrub, scrubber, space, store
+from blockferry.server import base, changes, clones, content, identity, journal, pool, scrub, scrubber, space, store
 from blockferry.server import main as server_main
 from blockferry.server.main import _arguments as server_arguments
 from blockferry.server.pools import PoolSpec
@@ -128,7 +128,7 @@ def test_failback_is_the_line_of_the_readme(tmp_path: Path) -> None:
 def test_every_file_of_a_replica_is_described() -> None:
     """The names that store.py, pool.py and commits.py give to files."""
     names = {store._IDENTITY, store._LOG, store._SESSION, store._PROGRESS, store._CLEAN, pool._LOCK}
-    names |= {"work.img", "work.redo", journal._IMAGE, pool.SEEDS, content.PROMOTED, scrub.NAME, identity.NAME}
+    names |= {"work.img", "work.redo", base.IMAGE_NAME, pool.SEEDS, content.PROMOTED, scrub.NAME, identity.NAME}
     assert len(names) == 13
     names |= {
         f"COMMIT-ID{clones.IMAGE}",

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from blockferry.common import linux
-from blockferry.common.volumes import Volume
+from blockferry.common.volumes import ImageVolume, Volume, in_thread
+from blockferry.server.cache import Stamp
 from blockferry.server.generations import Generations, Point
 
 PROMOTED = "promoted.img"
@@ -61,10 +62,22 @@ class Content(abc.ABC):
     def has_work(self) -> bool:
         """Whether an earlier session has left work."""
 
+    async def check(self, size: int) -> None:
+        """Raise unless a session of a source of `size` bytes may begin. Nothing is changed."""
+        return
+
     @property
     @abc.abstractmethod
     def unfinished(self) -> Path:
         """Where the image of a first sync is, whether or not it exists."""
+
+    async def open_unfinished(self, size: int) -> Volume | None:
+        """What a first sync of `size` bytes would go on with, as a read-only volume; the caller closes it. None where
+        there is nothing."""
+        path = self.unfinished
+        if await in_thread(lambda: not path.exists() or path.stat().st_size == 0):
+            return None
+        return await ImageVolume.open(path)
 
     @abc.abstractmethod
     async def begin(self, size: int) -> tuple[Volume, bool]:
@@ -97,6 +110,11 @@ class Content(abc.ABC):
     async def publish(self, point: Point, record: Callable[[], None]) -> None:
         """Write the record (a blocking call) and show `point` to readers from then on."""
 
+    @property
+    @abc.abstractmethod
+    def incomplete(self) -> bool:
+        """Whether a commit has put something off, so that the newest generation is no complete image yet."""
+
     @abc.abstractmethod
     async def complete(self) -> None:
         """Finish what a commit has put off; nothing if there is nothing. Another session needs it done."""
@@ -114,6 +132,23 @@ class Content(abc.ABC):
     @abc.abstractmethod
     def path(self, point: Point) -> Path | None:
         """The complete image of a generation, where there is one."""
+
+    def location(self, point: Point) -> str:
+        """The same for people, also where it is no path; empty where there is none."""
+        return str(self.path(point) or "")
+
+    @abc.abstractmethod
+    def stamp(self, point: Point) -> Stamp | None:
+        """What tells whether anybody has touched the complete image of a generation; None where nothing can. Blocking;
+        may raise OSError."""
+
+    async def trouble(self) -> str:
+        """Why nothing can be read or written now, in words; empty if it can."""
+        return ""
+
+    async def release(self) -> None:
+        """Let go of what others may want to use; it is taken again when it is needed."""
+        return
 
     @abc.abstractmethod
     def problem(self, point: Point) -> str:

@@ -21,17 +21,17 @@ holds every block that its successor changes, so readers of older generations ne
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from blockferry.common import disk
-from blockferry.common.durable import move_durably, remove_durably, rename_durably
+from blockferry.common.durable import remove_durably, rename_durably
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.volumes import ImageVolume, Volume, in_thread
 from blockferry.server import copying
+from blockferry.server.base import IMAGE_NAME, Base, ImageBase
+from blockferry.server.cache import Stamp
 from blockferry.server.clones import IMAGE
 from blockferry.server.content import Content, forget_pages_of, unshared_bytes_of
 from blockferry.server.delta import Delta, below, extents, index_of
@@ -39,22 +39,21 @@ from blockferry.server.gate import Gate
 from blockferry.server.generations import Generations, Point, corrupt
 from blockferry.server.overlay import OverlayVolume
 
-_IMAGE = "image.raw"
 REDO = ".redo"
 UNDO = ".undo"
 
 
 class JournalContent(Content):
-    """One image and deltas. `limit` bounds the bytes of a session's changes; 0 for none."""
+    """A base and deltas. `limit` bounds the bytes of a session's changes; 0 for none. Without a `base` it is an image
+    in the replica's directory."""
 
     kind = "journal"
 
-    def __init__(self, directory: Path, generations: Generations, *, limit: int = 0) -> None:
+    def __init__(self, directory: Path, generations: Generations, *, limit: int = 0, base: Base | None = None) -> None:
         super().__init__(directory, generations)
         self._limit = limit
         self._gate = Gate()
-        self._opening = asyncio.Lock()
-        self._base: ImageVolume | None = None
+        self.base = base or ImageBase(directory)
         self._work: Delta | None = None
         self._redo: Delta | None = None
         self._undo: dict[bytes, Delta] = {}
@@ -67,12 +66,12 @@ class JournalContent(Content):
     @staticmethod
     def is_in(directory: Path) -> bool:
         """Whether a replica's content has this kind. It keeps it, also on a file system that can clone."""
-        return (directory / _IMAGE).exists()
+        return ImageBase.is_in(directory)
 
     @property
     def image(self) -> Path:
-        """The one image."""
-        return self.directory / _IMAGE
+        """The one image, where the base is one."""
+        return self.directory / IMAGE_NAME
 
     @property
     def work(self) -> Path:
@@ -93,7 +92,10 @@ class JournalContent(Content):
 
     def _recover(self) -> None:
         newest, older = self.generations.newest, self.generations.points[:-1]
-        self._settle_images(newest)
+        if isinstance(self.base, ImageBase):
+            known = {self._named(point, IMAGE) for point in self.generations.points} | {self.promoted}
+            found = list(self.directory.glob("*" + IMAGE))
+            self.base.settle(self._named(newest, IMAGE) if newest is not None else None, known, found)
         self._settle_redos(newest)
         for path in self.directory.glob("*" + REDO):
             if not index_of(path).exists():
@@ -112,19 +114,6 @@ class JournalContent(Content):
                 disk.unlink(path)
         for point in older:
             self._open_undo(point)
-
-    def _settle_images(self, newest: Point | None) -> None:
-        """What a pool of clones, or an update in place, has left on a file system that cannot clone: the newest
-        generation becomes the one image, older ones stay what they are, and all else is work of no use here. Without a
-        generation that work is the first sync's."""
-        if newest is not None and self._whole(newest) and not self.image.exists():
-            rename_durably(self._named(newest, IMAGE), self.image)
-        known = {self._named(point, IMAGE) for point in self.generations.points} | {self.promoted}
-        for path in sorted(set(self.directory.glob("*" + IMAGE)) - known, reverse=True):
-            if newest is None and not self.image.exists():
-                rename_durably(path, self.image)
-            else:
-                disk.unlink(path)
 
     def _settle_redos(self, newest: Point | None) -> None:
         """A redo that no record names was on its way: it is work again, unless other work has begun since. One of an
@@ -171,21 +160,16 @@ class JournalContent(Content):
 
     def close(self) -> None:
         self._let_go()
-        base, self._base = self._base, None
-        if base is not None:
-            base.let_go()
+        self.base.let_go()
 
-    async def _opened_base(self) -> ImageVolume:
-        async with self._opening:
-            if self._base is None:
-                self._base = await ImageVolume.open(self.image, writable=True)
-            return self._base
+    async def _opened_base(self) -> Volume:
+        return await self.base.opened(self.generations.committed_size or 0)
 
     # --- a session's work -----------------------------------------------------------------------------------------
 
     def has_work(self) -> bool:
         if self.generations.newest is None:
-            return self.image.exists()
+            return self.base.exists()
         return self._work is not None or index_of(self.work).exists()
 
     @property
@@ -195,28 +179,15 @@ class JournalContent(Content):
     async def begin(self, size: int) -> tuple[Volume, bool]:
         if self.generations.newest is None:
             # Nothing is committed yet, so there is nothing to lose: the first sync writes in place.
-            continued = await in_thread(self._make_image, size)
-            return await ImageVolume.open(self.image, writable=True), continued
+            work, continued = await self.base.begin(size, adopted=self.generations.adopted_size is not None)
+            disk.crash_point("open-work-made")
+            return work, continued
         assert self._redo is None, "work is read over the image alone"
         continued = await in_thread(self._open_work, size)
         top, base = self._work, await self._opened_base()
         assert top is not None
         volume = OverlayVolume(str(self.work), size, base, lambda: (top,), self._gate, top=top, limit=self._limit)
         return volume, continued
-
-    def _make_image(self, size: int) -> bool:
-        continued = self.image.exists()
-        fd = disk.create(self.image)
-        try:
-            if self.generations.adopted_size is None and os.fstat(fd).st_size > size:
-                # An unfinished first sync of a larger source.
-                disk.truncate(fd, 0)
-                continued = False
-            disk.truncate(fd, size)
-        finally:
-            os.close(fd)
-        disk.crash_point("open-work-made")
-        return continued
 
     def _open_work(self, size: int) -> bool:
         continued = True
@@ -243,7 +214,7 @@ class JournalContent(Content):
         if delta is not None:
             delta.close()
         if self.generations.newest is None:
-            await in_thread(disk.unlink, self.image)
+            await self.base.discard()
         else:
             await in_thread(Delta.remove, self.work)
             if self._reservations and self._redo is None:
@@ -253,7 +224,8 @@ class JournalContent(Content):
         disk.crash_point("discard-removed")
 
     async def adopt(self, image: Path) -> None:
-        await in_thread(move_durably, image, self.image)
+        assert isinstance(self.base, ImageBase)
+        await self.base.adopt(image)
 
     async def take_back(self, image: Path) -> None:
         newest = self.generations.newest
@@ -308,17 +280,24 @@ class JournalContent(Content):
             await in_thread(record)
             self._redo, self._work = self._work, None
 
+    @property
+    def incomplete(self) -> bool:
+        return self._redo is not None
+
     async def complete(self) -> None:
         redo = self._redo
         if redo is None:
             return
+        await self.base.reserve(redo.size)
         base = await self._opened_base()
-        if base.size < redo.size:
-            await base.resize(redo.size)
         disk.crash_point("complete-begun")
-        await copying.apply(redo, base)
-        disk.crash_point("complete-applied")
-        await base.flush()
+        try:
+            await copying.apply(redo, base)
+            disk.crash_point("complete-applied")
+            await base.flush()
+        except (OSError, BlockferryError):
+            self.base.doubt()
+            raise
         if self._reservations > 1:
             # An attempt before this one may have reserved what this one did not need.
             await base.release()
@@ -386,7 +365,7 @@ class JournalContent(Content):
         if problem:
             raise corrupt(self._named(point, UNDO), problem)
         return OverlayVolume(
-            f"{self.image}@{point.number}",
+            f"{self.base.location}@{point.number}",
             point.size,
             await self._opened_base(),
             lambda: self._layers(point),
@@ -395,13 +374,23 @@ class JournalContent(Content):
 
     def path(self, point: Point) -> Path | None:
         if point == self.generations.newest:
-            return self.image if self._redo is None else None
+            return self.base.path if self._redo is None else None
         return self._named(point, IMAGE) if self._whole(point) else None
+
+    def location(self, point: Point) -> str:
+        if point == self.generations.newest:
+            return self.base.location if self._redo is None else ""
+        return super().location(point)
+
+    def stamp(self, point: Point) -> Stamp | None:
+        if point == self.generations.newest:
+            return self.base.stamp() if self._redo is None else None
+        return Stamp.of(self._named(point, IMAGE)) if self._whole(point) else None
 
     def problem(self, point: Point) -> str:
         if self._whole(point):
             return ""
-        if not self.image.exists():
+        if not self.base.exists():
             return "its image is missing"
         for one in self.generations.points[:-1]:
             if one.number >= point.number and one.commit_id in self._broken:
@@ -412,11 +401,14 @@ class JournalContent(Content):
         if self._whole(point):
             return unshared_bytes_of(self._named(point, IMAGE))
         if point == self.generations.newest:
-            return unshared_bytes_of(self.image)
+            return self.base.bytes_held()
         return unshared_bytes_of(self._named(point, UNDO))
 
     def forget_pages(self, point: Point) -> None:
-        forget_pages_of(self._named(point, IMAGE) if self._whole(point) else self.image)
+        if self._whole(point):
+            forget_pages_of(self._named(point, IMAGE))
+        else:
+            self.base.forget_pages()
         for delta in self._layers(point):
             delta.forget_pages()
 

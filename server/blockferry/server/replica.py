@@ -503,7 +503,7 @@ class Replica:
 
     def complete_soon(self) -> None:
         """Begin to, and let nobody wait for it."""
-        if self.path is None and self.store.generations.newest is not None:
+        if self.store.content.incomplete:
             self._unfinished.add(task := asyncio.create_task(self._complete_alone(), name=f"complete-{self.name}"))
             task.add_done_callback(self._unfinished.discard)
 

@@ -79,7 +79,7 @@ class ReplicasService:
                 committed_at_us=point.committed_at_us,
                 size=point.size,
                 bytes_held=held,
-                path=str(content.path(point) or ""),
+                path=content.location(point),
                 kept_by=kept[point.number],
                 problem=problem,
             )
@@ -199,7 +199,7 @@ async def _describe(replica: Replica, pool: Pool) -> pb.Replica:
         commit_id=newest.commit_id if newest else b"",
         committed_at_us=newest.committed_at_us if newest else 0,
         bytes_held=await in_thread(bytes_held, store.directory),
-        path=str(replica.path or ""),
+        path=store.content.location(newest) if newest is not None else "",
         session_client=session.client if session else "",
         pool=replica.pool,
         kind=store.content.kind,

@@ -250,9 +250,8 @@ class Store:
         """What the image holds now without reading it, or None if anything may have touched it since its commit.
         Blocking."""
         stamp = self._stamps.get(point.commit_id)
-        path = self.content.path(point)
         try:
-            if stamp is None or path is None or stamp != Stamp.of(path):
+            if stamp is None or stamp != self.content.stamp(point):
                 return None
         except OSError:
             return None
@@ -283,7 +282,9 @@ class Store:
             await in_thread(remove_durably, self.directory / _PROGRESS)
             disk.crash_point("open-progress-removed")
         work, continued = await self.content.begin(size)
-        if not continued:
+        if not continued and progress is not None:
+            # Nor may a later session believe it.
+            await in_thread(remove_durably, self.directory / _PROGRESS)
             progress = None
         if digests is not None and newest is not None and newest.size != size:
             digests.forget(newest.size // self.identity.region_size)
@@ -337,14 +338,14 @@ class Store:
     async def complete(self) -> None:
         """Finish what a commit has put off: afterwards the newest generation is one complete image."""
         newest = self.generations.newest
-        if newest is not None and self.content.path(newest) is None:
+        if newest is not None and self.content.incomplete:
             await self.content.complete()
             await self._stamp(newest)
 
     async def _stamp(self, point: Point) -> None:
-        path = self.content.path(point)
-        if path is not None:
-            self._stamps[point.commit_id] = await in_thread(Stamp.of, path)
+        stamp = None if self.content.incomplete else await in_thread(self.content.stamp, point)
+        if stamp is not None:
+            self._stamps[point.commit_id] = stamp
 
     async def drop(self, point: Point) -> None:
         """Give up an older generation."""
