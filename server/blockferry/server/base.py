@@ -16,7 +16,7 @@ from blockferry.common import disk
 from blockferry.common.durable import move_durably, rename_durably
 from blockferry.common.volumes import ImageVolume, Volume, in_thread
 from blockferry.server.cache import Stamp
-from blockferry.server.content import forget_pages_of, unshared_bytes_of
+from blockferry.server.content import forget_pages_of, open_image, unshared_bytes_of
 
 IMAGE_NAME = "image.raw"
 
@@ -59,7 +59,7 @@ class Base(abc.ABC):
     def forget_pages(self) -> None:
         """Have the kernel drop what it remembers of it. Blocking."""
 
-    async def trouble(self) -> str:
+    async def trouble(self, least: int) -> str:
         """Why it cannot be used now, in words; empty if it can. Takes hold of it, where that is possible."""
         return ""
 
@@ -75,6 +75,10 @@ class Base(abc.ABC):
         """Its first `size` bytes for a first sync that writes in place, to be closed by the caller; and whether all
         that an earlier one has written is still there. What was `adopted` is never cut off."""
 
+    @abc.abstractmethod
+    async def unfinished(self, size: int) -> Volume | None:
+        """What a first sync of `size` bytes would go on with, to be read and closed; None where there is nothing."""
+
     async def check(self, size: int, least: int) -> None:
         """Raise unless a session of a source of `size` bytes may begin; the newest generation has `least`. Nothing is
         changed."""
@@ -82,6 +86,10 @@ class Base(abc.ABC):
 
     async def reserve(self, size: int) -> None:
         """Have at least `size` bytes."""
+        return
+
+    async def unreserve(self) -> None:
+        """Give back the space that was taken for what was not written then. Nobody may write meanwhile."""
         return
 
     @abc.abstractmethod
@@ -179,6 +187,12 @@ class ImageBase(Base):
         volume = await self.opened(0)
         if volume.size < size:
             await volume.resize(size)
+
+    async def unreserve(self) -> None:
+        await (await self.opened(0)).release()
+
+    async def unfinished(self, size: int) -> Volume | None:
+        return await open_image(self._path)
 
     async def discard(self) -> None:
         await in_thread(disk.unlink, self._path)

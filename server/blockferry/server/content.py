@@ -19,7 +19,6 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 from blockferry.common import linux
 from blockferry.common.volumes import ImageVolume, Volume, in_thread
@@ -33,7 +32,7 @@ PROMOTED = "promoted.img"
 class Content(abc.ABC):
     """Methods are called one at a time, except for `open_point` and what only looks. All may raise BlockferryError."""
 
-    kind: ClassVar[str]
+    kind: str
 
     def __init__(self, directory: Path, generations: Generations) -> None:
         self.directory = directory
@@ -43,6 +42,17 @@ class Content(abc.ABC):
     def promoted(self) -> Path:
         """Where a promoted image is, whether or not it exists."""
         return self.directory / PROMOTED
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a promotion hands out what the newest generation is on, and no file: then all other generations, and
+        what leads to them, are given up by it."""
+        return False
+
+    @property
+    def handed_out(self) -> str:
+        """Where people find what was promoted."""
+        return str(self.promoted)
 
     @abc.abstractmethod
     def recover(self) -> None:
@@ -74,10 +84,7 @@ class Content(abc.ABC):
     async def open_unfinished(self, size: int) -> Volume | None:
         """What a first sync of `size` bytes would go on with, as a read-only volume; the caller closes it. None where
         there is nothing."""
-        path = self.unfinished
-        if await in_thread(lambda: not path.exists() or path.stat().st_size == 0):
-            return None
-        return await ImageVolume.open(path)
+        return await open_image(self.unfinished)
 
     @abc.abstractmethod
     async def begin(self, size: int) -> tuple[Volume, bool]:
@@ -170,6 +177,28 @@ class Content(abc.ABC):
     async def hand_out(self, point: Point, target: Path, progress: Callable[[int, int], None]) -> None:
         """Make `target` a file with what a generation holds, to be written by others. Not durable yet. `progress` is
         told of (bytes done, bytes in all)."""
+
+    # --- handing over in place ------------------------------------------------------------------------------------
+
+    async def rewind(self, point: Point, record: Callable[[], None]) -> None:
+        """Make the generation before the newest the newest one again; the record gives the newer one up. `complete` is
+        due afterwards, and goes on after a crash."""
+        raise NotImplementedError
+
+    async def give_away(self, record: Callable[[], None]) -> None:
+        """Hand out what the newest generation is on; the record gives all others up."""
+        raise NotImplementedError
+
+    async def take_back_in_place(self, point: Point, record: Callable[[], None]) -> None:
+        """Take back what was handed out, durably as it is, as the generation `point`."""
+        raise NotImplementedError
+
+
+async def open_image(path: Path) -> Volume | None:
+    """An image for reading; None where there is none, or nothing in it."""
+    if not await in_thread(lambda: path.exists() and path.stat().st_size > 0):
+        return None
+    return await ImageVolume.open(path)
 
 
 def forget_pages_of(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Generations as one image, a redo journal and undo files: for file systems and devices that cannot share extents.
+"""Generations as one image, a redo journal and undo files: for devices, and file systems that cannot share extents.
 
     NAME/image.raw            the newest generation, once its redo is applied; a first sync writes it in place
     NAME/work.redo            the changes of a session, read over the image
@@ -28,6 +28,7 @@ from pathlib import Path
 from blockferry.common import disk
 from blockferry.common.durable import remove_durably, rename_durably
 from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.regions import BLOCK_SIZE
 from blockferry.common.volumes import ImageVolume, Volume, in_thread
 from blockferry.server import copying
 from blockferry.server.base import IMAGE_NAME, Base, ImageBase
@@ -38,6 +39,7 @@ from blockferry.server.delta import Delta, below, extents, index_of
 from blockferry.server.gate import Gate
 from blockferry.server.generations import Generations, Point, corrupt
 from blockferry.server.overlay import OverlayVolume
+from pyroaring import BitMap64
 
 REDO = ".redo"
 UNDO = ".undo"
@@ -47,13 +49,14 @@ class JournalContent(Content):
     """A base and deltas. `limit` bounds the bytes of a session's changes; 0 for none. Without a `base` it is an image
     in the replica's directory."""
 
-    kind = "journal"
-
     def __init__(self, directory: Path, generations: Generations, *, limit: int = 0, base: Base | None = None) -> None:
         super().__init__(directory, generations)
         self._limit = limit
         self._gate = Gate()
         self.base = base or ImageBase(directory)
+        self.kind = "journal" if self.base.ours else "device"
+        self._work_hold = ImageBase.hold
+        """Of the base, when work on it began."""
         self._work: Delta | None = None
         self._redo: Delta | None = None
         self._undo: dict[bytes, Delta] = {}
@@ -92,6 +95,10 @@ class JournalContent(Content):
 
     def _recover(self) -> None:
         newest, older = self.generations.newest, self.generations.points[:-1]
+        if self._is_handed_out:
+            # Whatever was read through these was given up by that, and must never be applied to it.
+            self._remove_deltas()
+            return
         if isinstance(self.base, ImageBase):
             known = {self._named(point, IMAGE) for point in self.generations.points} | {self.promoted}
             found = list(self.directory.glob("*" + IMAGE))
@@ -114,6 +121,35 @@ class JournalContent(Content):
                 disk.unlink(path)
         for point in older:
             self._open_undo(point)
+
+    @property
+    def in_place(self) -> bool:
+        return not self.base.ours
+
+    @property
+    def handed_out(self) -> str:
+        return self.base.location if self.in_place else super().handed_out
+
+    @property
+    def _is_handed_out(self) -> bool:
+        """Whether the base is in somebody else's hands."""
+        return self.in_place and self.generations.promoted is not None
+
+    def _refuse_handed_out(self) -> None:
+        if self._is_handed_out:
+            raise BlockferryError(
+                Code.WRONG_STATE,
+                f"{self.base.location} cannot be used",
+                cause="it was handed out, and somebody may be writing to it",
+                next="demote the replica first",
+            )
+
+    def _remove_deltas(self) -> None:
+        for suffix in (REDO, UNDO):
+            for index in self.directory.glob("*" + suffix + ".index"):
+                disk.unlink(index)
+            for path in self.directory.glob("*" + suffix):
+                disk.unlink(path)
 
     def _settle_redos(self, newest: Point | None) -> None:
         """A redo that no record names was on its way: it is work again, unless other work has begun since. One of an
@@ -163,6 +199,7 @@ class JournalContent(Content):
         self.base.let_go()
 
     async def _opened_base(self) -> Volume:
+        self._refuse_handed_out()
         return await self.base.opened(self.generations.committed_size or 0)
 
     # --- a session's work -----------------------------------------------------------------------------------------
@@ -176,18 +213,59 @@ class JournalContent(Content):
     def unfinished(self) -> Path:
         return self.image
 
+    async def open_unfinished(self, size: int) -> Volume | None:
+        return await self.base.unfinished(size)
+
+    async def check(self, size: int) -> None:
+        await self.base.check(size, self.generations.committed_size or 0)
+
+    async def trouble(self) -> str:
+        if self._is_handed_out:
+            return ""
+        return await self.base.trouble(self.generations.committed_size or 0)
+
+    async def release(self) -> None:
+        await self.base.release()
+
     async def begin(self, size: int) -> tuple[Volume, bool]:
-        if self.generations.newest is None:
+        newest = self.generations.newest
+        if newest is None:
             # Nothing is committed yet, so there is nothing to lose: the first sync writes in place.
             work, continued = await self.base.begin(size, adopted=self.generations.adopted_size is not None)
+            goes_on = self._goes_on()
             disk.crash_point("open-work-made")
-            return work, continued
+            return work, continued and goes_on
         assert self._redo is None, "work is read over the image alone"
+        base = await self._opened_base()
+        goes_on = self._goes_on()
         continued = await in_thread(self._open_work, size)
-        top, base = self._work, await self._opened_base()
+        top = self._work
         assert top is not None
+        if not self.base.ours and size > newest.size:
+            await self._cover(top, base, newest.size)
         volume = OverlayVolume(str(self.work), size, base, lambda: (top,), self._gate, top=top, limit=self._limit)
-        return volume, continued
+        return volume, continued and goes_on
+
+    def _goes_on(self) -> bool:
+        """Whether work that begins now begins on what the work before had: what was found to be equal then, or written,
+        still is."""
+        before, self._work_hold = self._work_hold, self.base.hold
+        return before == self.base.hold
+
+    async def _cover(self, top: Delta, base: Volume, end: int) -> None:
+        """Have `top` hold all that lies past the `end` of the newest generation: on a base that is not ours this is not
+        zeros but anything."""
+        first = end // BLOCK_SIZE
+        past = BitMap64()
+        past.add_range(first, -(-top.size // BLOCK_SIZE))
+        past -= top.data | top.zero
+        if end % BLOCK_SIZE and first in past:
+            block = memoryview(bytearray(min(BLOCK_SIZE, top.size - first * BLOCK_SIZE)))
+            await base.read_into(first * BLOCK_SIZE, block[: end % BLOCK_SIZE])
+            await in_thread(top.write, [(first * BLOCK_SIZE, block)])
+            top.data.add(first)
+            past.remove(first)
+        top.zero |= past
 
     def _open_work(self, size: int) -> bool:
         continued = True
@@ -219,7 +297,7 @@ class JournalContent(Content):
             await in_thread(Delta.remove, self.work)
             if self._reservations and self._redo is None:
                 # While a redo is applied what it needs is not in use yet; `complete` sees to the rest.
-                await (await self._opened_base()).release()
+                await self.base.unreserve()
                 self._reservations = 0
         disk.crash_point("discard-removed")
 
@@ -244,6 +322,8 @@ class JournalContent(Content):
 
     async def seal(self, work: Volume, point: Point) -> None:
         newest, redo = self.generations.newest, self._work
+        if self.base.hold != self._work_hold:
+            raise self._lost()
         if newest is None:
             await in_thread(disk.fsync_directory, self.directory)
             return
@@ -259,6 +339,14 @@ class JournalContent(Content):
         await in_thread(rename_durably, index_of(self.work), index_of(target))
         redo.path = target
         disk.crash_point("commit-renamed")
+
+    def _lost(self) -> BlockferryError:
+        return BlockferryError(
+            Code.UNAVAILABLE,
+            f"{self.base.location} was lost during the session",
+            cause="it is another opening of it now, and others may have written in between",
+            next="run it again; what was committed stands",
+        )
 
     async def _capture(self, newest: Point, redo: Delta) -> Delta:
         """The before-images of everything that `redo` changes, complete and durable."""
@@ -355,12 +443,51 @@ class JournalContent(Content):
             )
         newer = [one for one in self.generations.points[:-1] if one.number >= point.number]
         with contextlib.suppress(KeyError):
-            return [self._undo[one.commit_id] for one in newer]
+            layers = [self._undo[one.commit_id] for one in newer]
+            # While an older generation is made the newest again, what the base does not have of it yet.
+            return [*layers, self._redo] if self._redo is not None else layers
         raise corrupt(self._named(point, UNDO), self.problem(point))
+
+    async def rewind(self, point: Point, record: Callable[[], None]) -> None:
+        undo = self._undo.get(point.commit_id)
+        if undo is None or point != self.generations.points[-2]:
+            raise corrupt(self._named(point, UNDO), self.problem(point) or "newer generations are in between")
+        path = self._named(point, REDO)
+        await in_thread(_link, undo.path, path)
+        disk.crash_point("device-rewind-linked")
+        async with self._gate.closed():
+            await in_thread(record)
+            self._redo = self._undo.pop(point.commit_id)
+            undo.path = path
+        disk.crash_point("device-rewind-recorded")
+        await in_thread(Delta.remove, self._named(point, UNDO))
+
+    async def give_away(self, record: Callable[[], None]) -> None:
+        assert self._redo is None
+        # A redo that was applied may come back after a power failure. `recover` removes it, whatever it is.
+        async with self._gate.closed():
+            await in_thread(record)
+            self._let_go()
+        disk.crash_point("device-given-away")
+        await in_thread(self._remove_deltas)
+        await self.base.release()
+
+    async def take_back_in_place(self, point: Point, record: Callable[[], None]) -> None:
+        try:
+            base = await self.base.opened(point.size)
+            await base.flush()
+            disk.crash_point("device-taken-back")
+            await in_thread(record)
+        except BaseException:
+            await self.base.release()
+            raise
+        # What anybody knew of it was before somebody wrote to it.
+        self._work_hold = -1
 
     async def open_point(self, point: Point) -> Volume:
         if self._whole(point) and point != self.generations.newest:
             return await ImageVolume.open(self._named(point, IMAGE))
+        self._refuse_handed_out()
         problem = self.problem(point)
         if problem:
             raise corrupt(self._named(point, UNDO), problem)
@@ -384,12 +511,15 @@ class JournalContent(Content):
 
     def stamp(self, point: Point) -> Stamp | None:
         if point == self.generations.newest:
-            return self.base.stamp() if self._redo is None else None
+            known = self._redo is None and self.base.hold == self._work_hold
+            return self.base.stamp() if known else None
         return Stamp.of(self._named(point, IMAGE)) if self._whole(point) else None
 
     def problem(self, point: Point) -> str:
         if self._whole(point):
             return ""
+        if self._is_handed_out:
+            return "its device was handed out, and may have been written to since"
         if not self.base.exists():
             return "its image is missing"
         for one in self.generations.points[:-1]:
@@ -415,6 +545,8 @@ class JournalContent(Content):
     async def room_to_hand_out(self, point: Point) -> int:
         volume = await self.open_point(point)
         try:
+            if self.in_place:
+                return 0
             return sum(length for _, length in await volume.data_extents(0, volume.size))
         finally:
             await volume.close()
@@ -429,3 +561,10 @@ class JournalContent(Content):
                 await made.close()
         finally:
             await volume.close()
+
+
+def _link(delta: Path, target: Path) -> None:
+    """Give a delta a second name, durably."""
+    disk.link(delta, target)
+    disk.link(index_of(delta), index_of(target))
+    disk.fsync_directory(target.parent)

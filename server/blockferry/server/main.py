@@ -6,13 +6,15 @@ import argparse
 import asyncio
 import signal
 import sys
+from dataclasses import replace
 
 import uvloop
 from blockferry.common import linux, retention, rpc, telemetry
 from blockferry.common.arguments import argument
 from blockferry.common.errors import BlockferryError
 from blockferry.common.units import parse_duration, parse_size
-from blockferry.server.pools import Pools, parse_pool
+from blockferry.server.devices import parse_device
+from blockferry.server.pools import Pools, parse_pool, with_devices
 from blockferry.server.replicas import ReplicasService
 from blockferry.server.replication import ReplicationService
 from blockferry.server.scrubber import Scrubber
@@ -38,9 +40,18 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         "--pool",
         action="append",
         type=argument(parse_pool),
-        required=True,
+        default=[],
         metavar="[NAME=]DIR",
         help="existing directory for replicas, called main unless named; repeatable: new replicas go to the first",
+    )
+    parser.add_argument(
+        "--device",
+        action="append",
+        type=argument(parse_device),
+        default=[],
+        metavar="NAME=URI,journal=DIR[,limit=SIZE]",
+        help="replicate NAME to a block device (/dev/...) or an NBD export (nbd://..., nbd+unix://...), with its "
+        "journal in an existing directory, which devices may share; repeatable",
     )
     parser.add_argument(
         "--listen",
@@ -90,7 +101,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         help="re-read the newest generation of each replica this often, such as 7d or 12h (default 0: never)",
     )
     parser.add_argument("--insecure", action="store_true", help="allow plaintext on addresses other machines can reach")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if not arguments.pool and not arguments.device:
+        parser.error("the following arguments are required: --pool or --device")
+    return arguments
 
 
 def _lease(text: str) -> float:
@@ -112,7 +126,8 @@ async def serve(arguments: argparse.Namespace) -> None:
         loop.add_signal_handler(number, stop.set)
 
     limits = Limits(arguments.reserve, arguments.quota, arguments.journal_limit)
-    pools = await Pools.open(arguments.pool, arguments.lease, arguments.keep_at_least, limits)
+    devices = [replace(device, insecure=arguments.insecure) for device in arguments.device]
+    pools = await Pools.open(with_devices(arguments.pool, devices), arguments.lease, arguments.keep_at_least, limits)
     tasks: list[asyncio.Task[None]] = []
     try:
         server = rpc.make_server()

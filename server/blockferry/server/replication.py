@@ -52,7 +52,7 @@ class ReplicationService:
         Geometry(request.size, request.region_size or BLOCK_SIZE * 256)
         if request.size > (1 << 63) - 1:
             raise _invalid(f"a volume of {request.size} bytes is not possible", "files end at 2^63 - 1 bytes")
-        replica = await self._pools.get_or_create(request.volume, request.region_size, request.pool)
+        replica = await self._pools.get_or_create(request.volume, request.region_size, request.pool, request.size)
         session = await replica.open_session(request)
         newest = replica.store.generations.newest
         return pb.OpenSessionResponse(

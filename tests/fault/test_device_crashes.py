@@ -1,0 +1,401 @@
+"""Servers that die while they replicate to a device, promote it or take it back; a device that fails in between; and
+power failures. On real loop devices where nothing else is said.
+
+After each death what tests/fault/test_crash_points.py and test_handover_crashes.py ask for must hold, read from the
+device itself. All passes of all names: BLOCKFERRY_CRASH_PASSES=40.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import blockferry.server
+import pytest
+from blockferry.common import disk
+from blockferry.common.errors import BlockferryError
+from blockferry.common.retention import Retention
+from blockferry.server import handover
+from blockferry.server.external import BINDING_NAME
+from blockferry.server.identity import PoolIdentity
+from blockferry.server.replica import Replica
+from blockferry.server.store import Store
+from blockferry.v1 import replicas_pb2 as replicas
+
+from tests.fault import test_crash_points
+from tests.fault.contents import content_of, contents_in
+from tests.fault.lives import NAME, REGION, SIZE, SNAPSHOTS, World
+from tests.fault.powerloss import Operation, Recorder
+from tests.fault.stage import KILLED, SMALL, STATE_FILES, DoomedServer, Stage
+from tests.fault.test_power_loss import go_through
+from tests.filesystems import Unavailable
+from tests.images import BLOCK, build, noise
+from tests.processes import loop_device
+from tests.support import ok, run_cli
+from tests.unit.devices import FileBase, base_of
+
+CAPACITY = SMALL + 16 * BLOCK
+"""Bytes of a device."""
+BEFORE = noise("before", CAPACITY)
+
+PASSES = int(os.environ.get("BLOCKFERRY_CRASH_PASSES", "1"))
+
+_numbers = itertools.count(1)
+
+
+class DeviceStage(Stage):
+    """One replica on a device of its own, with its server."""
+
+    def __init__(self, journal: Path, device: str, scratch: Path, doom: str = "") -> None:
+        name = f"device-{next(_numbers)}"
+        words = ["--device", f"{name}={device},journal={journal}"]
+        super().__init__(DoomedServer(journal, doom, words), scratch, clones=False)
+        self.volume = name
+        self.device = Path(device)
+
+    async def _verify_contents(self, points: dict[int, replicas.RecoveryPoint]) -> None:
+        if points:
+            found = await contents_in(self.directory, self.source.parent, self.device)
+            assert found == {number: self.contents[number] for number in sorted(points)}
+            assert points[max(points)].path == str(self.device)
+        held = await asyncio.to_thread(self.device.read_bytes)
+        assert held[SMALL:] == BEFORE[SMALL:], "what lies behind the replica was written to"
+        if points:
+            assert held[:SMALL] == self.contents[max(points)]
+
+    def _verify_files(self, points: dict[int, replicas.RecoveryPoint], *, work: bool) -> None:
+        if not self.directory.exists():
+            assert not points
+            return
+        files = {path.name for path in self.directory.iterdir()}
+        commit_ids = [points[number].commit_id.hex() for number in sorted(points)]
+        undo = {f"{one}.undo{suffix}" for one in commit_ids[:-1] for suffix in ("", ".index")}
+        allowed = STATE_FILES | {BINDING_NAME} | undo | {f"{one}.digests" for one in commit_ids}
+        allowed |= {"work.redo", "work.redo.index"} if work else set()
+        assert files <= allowed, f"nobody needs {sorted(files - allowed)}"
+        assert undo <= files
+
+
+@pytest.fixture
+def stage(tmp_path: Path, backing: Path) -> Iterator[DeviceStage]:
+    """A replica on a device that is full of something; its server is not started."""
+    journal = tmp_path / "journal"
+    journal.mkdir()
+    PoolIdentity(journal).settle({})
+    build(backing, CAPACITY, [(0, BEFORE)])
+    with ExitStack() as stack:
+        try:
+            device = stack.enter_context(loop_device(backing, "--sector-size", "4096"))
+        except Unavailable as error:
+            pytest.skip(str(error))
+        made = DeviceStage(journal, device, tmp_path)
+        yield made
+        made.server.kill()
+
+
+@pytest.fixture
+def backing(file_systems: object, tmp_path: Path) -> Path:
+    return tmp_path / "backing"
+
+
+# --- syncs ------------------------------------------------------------------------------------------------------------
+
+SAMPLE = [
+    "apply-written", "atomic-before-rename", "checkpoint-flushed", "commit-undo-captured", "commit-redo-renamed",
+    "commit-recorded", "complete-begun", "complete-written", "complete-applied", "complete-flushed",
+    "drop-recorded", "discard-removed",
+]  # fmt: skip
+"""Of the names that are gone through in pools: those around what is written to a device."""
+EVERY = sorted((test_crash_points.SERVER | test_crash_points.BOTH) - test_crash_points.CLONES_ONLY
+               - test_crash_points.STARTING - test_crash_points.HANDING_OVER - test_crash_points.MERGING)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVERY if PASSES > 1 else SAMPLE)
+async def test_the_server_dies(stage: DeviceStage, name: str) -> None:
+    assert name in EVERY
+    hits = 0
+    for number in range(1, PASSES + 1):
+        stage.server.doom = f"{name}:{number}"
+        stage.server.start()
+        death = await test_crash_points._life(stage)
+        if death is None:
+            break
+        assert death.status == KILLED
+        hits += 1
+        await stage.verify()
+        await stage.verify_next()
+        stage.server.stop()
+    assert hits, f"{name} is never passed"
+
+
+async def test_the_device_is_gone_while_the_journal_waits(stage: DeviceStage, tmp_path: Path) -> None:
+    """A server dies with a redo that is not applied, and the next one does not find the device."""
+    stage.server.start()
+    stage.change_source()
+    await stage.sync()
+    stage.server.stop()
+    stage.server.doom = "complete-written:1"
+    stage.server.start()
+    death = asyncio.create_task(stage.server.death())
+    stage.change_source()
+    # It may be answered first.
+    with contextlib.suppress(BlockferryError):
+        await stage.sync()
+    assert await asyncio.wait_for(death, 30) == KILLED
+    stage.server.doom = ""
+    link = tmp_path / "link"
+    stage.server._flags = [flag.replace(str(stage.device), str(link)) for flag in stage.server._flags]
+    stage.server.start()
+    shown = ok("replica", "show", stage.server.url(stage.volume))
+    assert shown["generation"] == 2 and str(link) in shown["notice"] and shown["path"] is None
+    link.symlink_to(stage.device)
+    stage.contents[2] = stage.attempted
+    stage.change_source()
+    await stage.sync()
+    await stage.points()
+    found = await contents_in(stage.directory, tmp_path, stage.device)
+    assert found == {number: stage.contents[number] for number in (2, 3)}
+
+
+# --- handing over -----------------------------------------------------------------------------------------------------
+
+_HANDING_OVER = sorted(name for name in test_crash_points._named(blockferry.server) if name.startswith("device-"))
+
+
+_REWINDING = ["complete-begun:2", "complete-written:2", "complete-flushed:2", "drop-recorded"]
+_RECORDING = ["log-before-fsync:1", "log-before-fsync:2", "log-before-fsync:3", "log-before-fsync:4"]
+
+
+@pytest.mark.parametrize("name", [*_HANDING_OVER, *_REWINDING, *_RECORDING, "demote-recorded"])
+async def test_the_server_dies_while_it_hands_over(stage: DeviceStage, name: str) -> None:
+    """Promoted to the oldest of three points, changed, and taken back."""
+    stage.server.start()
+    for number in range(3):
+        stage.change_source()
+        report = ok("sync", stage.source, stage.server.url(stage.volume), "--region-size", 65536, "--keep", "last=9")
+        assert report["generation"] == number + 1
+        stage.contents[number + 1] = stage.attempted
+    await stage.points()
+    stage.server.stop()
+    stage.server.doom = name
+    stage.server.start()
+    died = False
+    url = stage.server.url(stage.volume)
+    for _ in range(2):
+        done = run_cli("replica", "promote", f"{url}@1", "--yes", "--json", "--quiet")
+        if done.status == 0:
+            break
+        assert not died, done.stderr
+        died = True
+        assert await asyncio.wait_for(stage.server.death(), 30) == KILLED
+        stage.server.doom = ""
+        stage.server.start()
+        shown = ok("replica", "show", url)
+        assert shown["state"] in ("CONSISTENT", "PROMOTED")
+        numbers = [one["number"] for one in ok("replica", "points", url)["points"]]
+        assert numbers in ([3, 2, 1], [3, 1], [1])
+        if shown["state"] == "CONSISTENT":
+            await stage.points()
+            found = await contents_in(stage.directory, stage.source.parent, stage.device)
+            assert found == {number: stage.contents[number] for number in sorted(numbers)}
+    assert done.status == 0, done.stderr
+    assert stage.device.read_bytes() == stage.contents[1] + BEFORE[SMALL:]
+    fd = os.open(stage.device, os.O_RDWR)
+    os.pwrite(fd, noise("a guest", BLOCK), BLOCK)
+    os.fsync(fd)
+    os.close(fd)
+    used = stage.device.read_bytes()
+    for _ in range(2):
+        done = run_cli("replica", "demote", url, "--keep-changes", "--yes", "--json", "--quiet")
+        if done.status == 0:
+            break
+        if "CONSISTENT" in done.stderr:
+            assert died
+            break
+        assert not died, done.stderr
+        died = True
+        assert await asyncio.wait_for(stage.server.death(), 30) == KILLED
+        stage.server.doom = ""
+        stage.server.start()
+        assert stage.device.read_bytes() == used
+    assert died, f"{name} is never passed"
+    shown = ok("replica", "show", url)
+    assert (shown["state"], shown["generation"]) == ("CONSISTENT", 4)
+    assert stage.device.read_bytes() == used
+    stage.contents = {4: used[:SMALL]}
+    stage.change_source()
+    await stage.sync()
+    await stage.points()
+    found = await contents_in(stage.directory, stage.source.parent, stage.device)
+    assert found == {4: used[:SMALL], 5: stage.attempted}
+
+
+# --- power failures ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Holding:
+    """From here on the newest generation holds one of these; with `certain` it was answered for."""
+
+    contents: tuple[str, ...]
+    certain: bool = False
+
+
+@dataclass(frozen=True)
+class Used:
+    """It was handed out, and holds this, durably, by the hand of a guest."""
+
+    content: bytes
+
+
+@dataclass
+class _Promises:
+    newest: set[bytes] = field(default_factory=set)
+    certain: bool = False
+    used: bytes = b""
+
+    def take(self, what: object) -> None:
+        """The next mark."""
+        match what:
+            case Holding(contents, certain):
+                held = {SNAPSHOTS[name] for name in contents}
+                self.newest = held if certain else self.newest | held
+                self.certain = self.certain or certain
+            case Used(content):
+                self.used = content
+                self.newest, self.certain = {content}, True
+
+
+class NamedBase(FileBase):
+    """In what a power failure leaves all files are other ones."""
+
+    def _identity(self, volume: object) -> str:
+        return "the device"
+
+
+class DeviceWorld(World):
+    """A replica on the file `device` in `root`."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, clones=False)
+
+    @property
+    def replica(self) -> Replica:
+        """As in a pool."""
+        if self._replica is None:
+            directory = self.root / NAME
+            base = NamedBase(base_of(self.root / "device", directory).spec, directory)
+            if directory.exists():
+                store = Store(directory, clones=False, base=base)
+            else:
+                store = Store.create(directory, REGION, clones=False, base=base)
+            self._replica = Replica(NAME, "pool", store, 60.0, Retention(last=1))
+        return self._replica
+
+
+GUEST = noise("a guest was here", BLOCK)
+
+
+class DeviceLife:
+    """Synced, interrupted, promoted to an older point, written to, taken back, synced again."""
+
+    def __init__(self, root: Path) -> None:
+        self.log: list[Operation] = []
+        self._root = root
+
+    async def live(self) -> None:
+        """All of it."""
+        recorder = Recorder(self._root)
+        self.log = recorder.log
+        world = DeviceWorld(self._root)
+        with recorder.recording():
+            try:
+                self._make()
+                before: tuple[str, ...] = ()
+                for snapshot in ("a", "b", "c"):
+                    recorder.mark(Holding((*before, snapshot)))
+                    await world.sync(snapshot, keep=Retention(last=9))
+                    recorder.mark(Holding((snapshot,), certain=True))
+                    before = (snapshot,)
+                await world.sync("d", stop_at=3)
+                world.abandon()
+                recorder.mark(Holding(("a", "c")))
+                await handover.promote(world.replica, 1, lambda done, total: None)
+                self._write()
+                used = GUEST + SNAPSHOTS["a"][BLOCK:]
+                recorder.mark(Used(used))
+                world.abandon()
+                await handover.demote(world.replica, keep_changes=True)
+                recorder.mark(Used(used))
+                recorder.mark(Holding(("e",)))
+                await world.sync("e", keep=Retention(last=9))
+                recorder.mark(Holding(("e",), certain=True))
+            finally:
+                world.abandon()
+
+    def _make(self) -> None:
+        fd = disk.create(self._root / "device")
+        disk.pwrite(fd, noise("before", SIZE), 0)
+        disk.fsync(fd)
+        disk.fsync_directory(self._root)
+        os.close(fd)
+
+    def _write(self) -> None:
+        fd = os.open(self._root / "device", os.O_RDWR)
+        disk.pwrite(fd, GUEST, 0)
+        disk.fsync(fd)
+        os.close(fd)
+
+    def promises(self) -> _Promises:
+        return _Promises()
+
+    async def check(self, root: Path, promises: _Promises) -> None:
+        """The newest generation is one of those it may be; nothing was done to what a guest has written."""
+        if not (root / NAME).exists():
+            assert not promises.certain, "the replica is gone"
+            return
+        world = DeviceWorld(root)
+        try:
+            replica = world.replica
+            store = replica.store
+            if store.generations.promoted is not None:
+                if promises.used:
+                    assert (root / "device").read_bytes() == promises.used, "a guest's bytes are gone"
+                return
+            newest = store.generations.newest
+            assert newest is not None or not promises.certain, "a generation is gone"
+            if newest is None:
+                return
+            assert await content_of(store, newest) in promises.newest, "the newest generation holds something else"
+            for point in store.generations.points[:-1]:
+                if not promises.used:
+                    expected = SNAPSHOTS["abc"[point.number - 1]]
+                    assert await content_of(store, point) == expected, "an older point is not what it was"
+            await replica.complete()
+            held = (root / "device").read_bytes()
+            assert held == await content_of(store, newest), "the device holds something else"
+            synced = await world.sync("f")
+            assert synced is not None and await content_of(store, synced) == SNAPSHOTS["f"]
+        finally:
+            world.abandon()
+
+
+def test_every_promise_survives_a_power_failure(tmp_path: Path) -> None:
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as name:
+        root, scratch = Path(name) / "life", Path(name) / "scratch"
+        root.mkdir()
+        scratch.mkdir()
+        life = DeviceLife(root)
+        asyncio.run(life.live())
+        verdict = asyncio.run(go_through(life, scratch, samples=2))
+    print(f"{verdict.states} states after {len(life.log)} operations")
+    assert verdict.broken == []
+    assert verdict.states > len(life.log)
