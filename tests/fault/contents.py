@@ -35,7 +35,12 @@ async def contents_in(directory: Path, scratch: Path, device: Path | None = None
     the server goes on."""
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         copy = Path(name) / directory.name
-        shutil.copytree(directory, copy)
+        try:
+            shutil.copytree(directory, copy)
+        except shutil.Error:
+            # A redo goes a moment after it was applied.
+            shutil.rmtree(copy)
+            shutil.copytree(directory, copy)
         base = None
         if device is not None:
             (copy / BINDING_NAME).unlink(missing_ok=True)

@@ -133,8 +133,7 @@ def test_a_file_to_a_device_and_on(serve: Serve, backing: Path, source: Path, se
         for number in range(3):
             change(source, [(number * MIB + BLOCK, noise(f"new {number}", 3 * BLOCK)), (MIB, Hole(2 * BLOCK))])
             report = sync(server, source)
-            # What the server has held all the time it need not read.
-            assert report["bytes"]["destination_read"] <= 2 * MIB and report["bytes"]["data_sent"] <= 5 * BLOCK
+            assert report["bytes"]["data_sent"] <= 3 * BLOCK
             generations.append(source.read_bytes())
         for number, held in enumerate(generations, 1):
             older = source.with_name(f"older-{number}")
@@ -143,6 +142,8 @@ def test_a_file_to_a_device_and_on(serve: Serve, backing: Path, source: Path, se
         assert ok("replica", "verify", server.url("db"))["outcome"] == "sound"
         applied(server)
         assert content(device) == generations[-1]
+        # What the server has held all the time it need not read.
+        assert sync(server, source)["bytes"]["destination_read"] == 0
         # After a restart it is compared, once, and nothing is written.
         assert server.stop() == 0
         server.start()
@@ -180,7 +181,8 @@ def test_a_device_of_which_nothing_can_be_proven_keeps_equal_blocks(serve: Serve
         report = sync(server, source)
         assert report["destination_map"] == "absent"
         assert report["regions"]["unmap"] == 5 and report["bytes"]["unmapped"] == 0
-        assert report["bytes"]["destination_read"] == SIZE
+        assert report["bytes"]["destination_read"] >= SIZE
+        assert report["bytes"]["destination_written"] == report["bytes"]["data_sent"] == 3 * MIB + BLOCK
         applied(server)
         assert content(device) == source.read_bytes()
         server.stop()
@@ -402,7 +404,7 @@ def test_an_export_that_fails_in_a_session_and_comes_back(serve: Serve, source: 
         export.kill()
         until(lambda: "out of service" in (show(server)["notice"] or ""), "it is noticed")
         change(source, [(0, noise("newer", MIB))])
-        refused_json(run_cli("sync", source, server.url("db"), "--json", "--quiet"), "unavailable", "db")
+        refused_json(run_cli("sync", source, server.url("db"), "--json", "--quiet"), "io-error", "db: cannot be opened")
         assert show(server)["generation"] == 1
     Path(socket).unlink(missing_ok=True)
     words = ["qemu-nbd", "--persistent", "--shared=8", f"--socket={socket}", "--format=qcow2", str(there)]
@@ -443,9 +445,14 @@ def test_an_export_of_large_blocks_is_refused_before_anything_changes(
     serve: Serve, source: Path, tmp_path: Path
 ) -> None:
     there = build(tmp_path / "there.raw", CAPACITY, [(0, noise("before", MIB))])
-    with nbdkit(tmp_path, "--filter=blocksize-policy", "file", there, "blocksize-minimum=65536") as export:
-        server = serve(db=export.uri)
-        refused_json(run_cli("sync", source, server.url("db"), "--json", "--quiet"), "unsupported", "65536")
-        assert ok("replica", "list", server.address)["replicas"] == []
-        server.stop()
+    limits = ["blocksize-error-policy=error", "blocksize-preferred=64K"]
+    for minimum, size in (("64K", SIZE), ("4K", SIZE + 512)):
+        os.truncate(source, size)
+        words = [*limits, f"blocksize-minimum={minimum}"]
+        with nbdkit(tmp_path, "file", there, *words, filters=["blocksize-policy"]) as export:
+            server = serve(db=export.uri)
+            done = run_cli("sync", source, server.url("db"), "--json", "--quiet")
+            refused_json(done, "unsupported", "blocks of 65536 bytes" if size == SIZE else "blocks of 4096 bytes")
+            assert ok("replica", "list", server.address)["replicas"] == []
+            server.stop()
     assert there.read_bytes()[:MIB] == noise("before", MIB)
