@@ -15,27 +15,21 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import blockferry.server
 import pytest
 from blockferry.client.sync import SyncOptions
-from blockferry.common import disk
 from blockferry.common.errors import BlockferryError
 from blockferry.common.retention import Retention
-from blockferry.server import handover
 from blockferry.server.external import BINDING_NAME
 from blockferry.server.identity import PoolIdentity
-from blockferry.server.replica import Replica
-from blockferry.server.store import Store
 from blockferry.v1 import replicas_pb2 as replicas
 from blockferry.v1 import replication_pb2 as pb
 
 from tests.fault import test_crash_points
-from tests.fault.contents import content_of, contents_in
-from tests.fault.lives import NAME, REGION, SIZE, SNAPSHOTS, World
-from tests.fault.powerloss import Operation, Recorder
+from tests.fault.contents import contents_in
+from tests.fault.device_lives import DeviceLife
 from tests.fault.raw import Raw, Refused, received
 from tests.fault.stage import KEEP, KILLED, SMALL, STATE_FILES, DoomedServer, Stage
 from tests.fault.test_power_loss import go_through
@@ -44,7 +38,6 @@ from tests.images import BLOCK, build, noise
 from tests.nbd import nbdkit
 from tests.processes import loop_device
 from tests.support import ok
-from tests.unit.devices import FileBase, base_of
 
 CAPACITY = SMALL + 16 * BLOCK
 """Bytes of a device."""
@@ -273,153 +266,6 @@ def write_as_a_guest(device: Path) -> bytes:
 
 
 # --- power failures ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Holding:
-    """From here on the newest generation holds one of these; with `certain` it was answered for."""
-
-    contents: tuple[str, ...]
-    certain: bool = False
-
-
-@dataclass(frozen=True)
-class Used:
-    """It was handed out, and holds this, durably, by the hand of a guest."""
-
-    content: bytes
-
-
-@dataclass
-class _Promises:
-    newest: set[bytes] = field(default_factory=set)
-    certain: bool = False
-    used: bytes = b""
-
-    def take(self, what: object) -> None:
-        """The next mark."""
-        match what:
-            case Holding(contents, certain):
-                held = {SNAPSHOTS[name] for name in contents}
-                self.newest = held if certain else self.newest | held
-                self.certain = self.certain or certain
-            case Used(content):
-                self.used = content
-                self.newest, self.certain = {content}, True
-
-
-class NamedBase(FileBase):
-    """In what a power failure leaves all files are other ones."""
-
-    def _identity(self, volume: object) -> str:
-        return "the device"
-
-
-class DeviceWorld(World):
-    """A replica on the file `device` in `root`."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root, clones=False)
-
-    @property
-    def replica(self) -> Replica:
-        """As in a pool."""
-        if self._replica is None:
-            directory = self.root / NAME
-            base = NamedBase(base_of(self.root / "device", directory).spec, directory)
-            if directory.exists():
-                store = Store(directory, clones=False, base=base)
-            else:
-                store = Store.create(directory, REGION, clones=False, base=base)
-            self._replica = Replica(NAME, "pool", store, 60.0, Retention(last=1))
-        return self._replica
-
-
-GUEST = noise("a guest was here", BLOCK)
-
-
-class DeviceLife:
-    """Synced, interrupted, promoted to an older point, written to, taken back, synced again."""
-
-    def __init__(self, root: Path) -> None:
-        self.log: list[Operation] = []
-        self._root = root
-
-    async def live(self) -> None:
-        """All of it."""
-        recorder = Recorder(self._root)
-        self.log = recorder.log
-        world = DeviceWorld(self._root)
-        with recorder.recording():
-            try:
-                self._make()
-                before: tuple[str, ...] = ()
-                for snapshot in ("a", "b", "c"):
-                    recorder.mark(Holding((*before, snapshot)))
-                    await world.sync(snapshot, keep=Retention(last=9))
-                    recorder.mark(Holding((snapshot,), certain=True))
-                    before = (snapshot,)
-                await world.sync("d", stop_at=3)
-                world.abandon()
-                recorder.mark(Holding(("a", "c")))
-                await handover.promote(world.replica, 1, lambda done, total: None)
-                self._write()
-                used = GUEST + SNAPSHOTS["a"][BLOCK:]
-                recorder.mark(Used(used))
-                world.abandon()
-                await handover.demote(world.replica, keep_changes=True)
-                recorder.mark(Used(used))
-                recorder.mark(Holding(("e",)))
-                await world.sync("e", keep=Retention(last=9))
-                recorder.mark(Holding(("e",), certain=True))
-            finally:
-                world.abandon()
-
-    def _make(self) -> None:
-        fd = disk.create(self._root / "device")
-        disk.pwrite(fd, noise("before", SIZE), 0)
-        disk.fsync(fd)
-        disk.fsync_directory(self._root)
-        os.close(fd)
-
-    def _write(self) -> None:
-        fd = os.open(self._root / "device", os.O_RDWR)
-        disk.pwrite(fd, GUEST, 0)
-        disk.fsync(fd)
-        os.close(fd)
-
-    def promises(self) -> _Promises:
-        return _Promises()
-
-    async def check(self, root: Path, promises: _Promises) -> None:
-        """The newest generation is one of those it may be; nothing was done to what a guest has written."""
-        if not (root / NAME).exists():
-            assert not promises.certain, "the replica is gone"
-            return
-        world = DeviceWorld(root)
-        try:
-            replica = world.replica
-            store = replica.store
-            if store.generations.promoted is not None:
-                if promises.used:
-                    assert (root / "device").read_bytes() == promises.used, "a guest's bytes are gone"
-                return
-            newest = store.generations.newest
-            assert newest is not None or not promises.certain, "a generation is gone"
-            if newest is None:
-                return
-            assert await content_of(store, newest) in promises.newest, "the newest generation holds something else"
-            for point in store.generations.points[:-1]:
-                if not promises.used:
-                    expected = SNAPSHOTS["abc"[point.number - 1]]
-                    assert await content_of(store, point) == expected, "an older point is not what it was"
-            await replica.complete()
-            held = (root / "device").read_bytes()
-            assert held == await content_of(store, newest), "the device holds something else"
-            synced = await world.sync("f")
-            assert synced is not None and await content_of(store, synced) == SNAPSHOTS["f"]
-        finally:
-            world.abandon()
 
 
 def test_every_promise_survives_a_power_failure(tmp_path: Path) -> None:

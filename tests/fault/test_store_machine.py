@@ -501,7 +501,7 @@ def test_sessions_points_and_retention(kind: str, pool_root: Path, xfs_mount: Pa
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=30 if kind == "device" else 100,
+            max_examples=15 if kind == "device" else 100,
             stateful_step_count=50,
             deadline=None,
             suppress_health_check=list(HealthCheck),
