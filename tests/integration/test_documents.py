@@ -60,10 +60,13 @@ def test_commands_of_the_documents_are_commands() -> None:
     lines = {path.name: [line.split() for line in code_blocks(path)] for path in DOCUMENTS}
     clients = [words for found in lines.values() for words in found if words[:1] == ["blockferry"]]
     servers = [words for found in lines.values() for words in found if words[:1] == ["blockferry-server"]]
-    assert (len(clients), len(servers)) == (27, 3)
+    assert (len(clients), len(servers)) == (28, 4)
     for words in clients:
         build_parser().parse_args(words[1:])
-    named = {words[2]: server_arguments(words[1:]).pool for words in servers}
+    parsed = {words[2]: server_arguments(words[1:]) for words in servers}
+    (device,) = (found for name, found in parsed.items() if name.startswith("db="))
+    assert [(one.name, one.journal) for one in device.device] == [("db", Path("/srv/journal"))]
+    named = {name: found.pool for name, found in parsed.items() if found.pool}
     assert named == {
         "/srv/replicas": [PoolSpec("main", Path("/srv/replicas"))],
         "/srv/home": [PoolSpec("main", Path("/srv/home"))],
