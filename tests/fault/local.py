@@ -16,6 +16,7 @@ from blockferry.common.config import LimitsConfig
 from blockferry.common.flow import ByteBudget
 from blockferry.common.retention import Retention
 from blockferry.server import pool as pool_module
+from blockferry.server.devices import DeviceSpec
 from blockferry.server.limits import Limits
 from blockferry.server.pool import Pool
 from blockferry.server.pools import Pools
@@ -62,14 +63,20 @@ class Local:
 
     @classmethod
     async def start(
-        cls, directory: Path, *, lease: float = 60.0, floor: Retention | None = None, clones: bool | None = None
+        cls,
+        directory: Path,
+        *,
+        lease: float = 60.0,
+        floor: Retention | None = None,
+        clones: bool | None = None,
+        devices: Sequence[DeviceSpec] = (),
     ) -> Local:
         """Open a pool; `clones` False: as on a file system that cannot clone."""
         await asyncio.to_thread(directory.mkdir, exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
             if clones is False:
                 patch.setattr(pool_module, "_can_clone", lambda path: False)
-            pool = await Pool.open("main", directory, lease, floor or Retention(last=1))
+            pool = await Pool.open("main", directory, lease, floor or Retention(last=1), devices=devices)
         assert clones is None or pool.clones == clones, f"{directory} is on a file system that cannot clone files"
         return cls(pool)
 

@@ -30,6 +30,7 @@ from blockferry.common.errors import BlockferryError
 from blockferry.common.volumes import ImageVolume
 from blockferry.server.store import Store
 
+from tests.fault.device_lives import DeviceLife
 from tests.fault.handover_lives import AdoptionLife, DeletionLife, HandoverLife
 from tests.fault.lives import REGION, SNAPSHOTS, Life, LogLife, Recorded, RefusedLogLife, World
 from tests.fault.powerloss import (
@@ -172,7 +173,10 @@ def handed_over(scratch: Path) -> list[Recorded]:
                 life = kind(Path(root), clones=clones)
                 asyncio.run(life.live())
             found.append(life)
-    return found
+    with tempfile.TemporaryDirectory(dir=scratch) as root:
+        device = DeviceLife(Path(root))
+        asyncio.run(device.live())
+    return [*found, device]
 
 
 both = pytest.mark.parametrize("clones", [True, False], ids=["clones", "journal"])
@@ -262,6 +266,9 @@ COVERED = {
     "durable.py:rename_durably < durable.py:write_atomic < commits.py:_write < commits.py:confirm": _LEARNED_AGAIN,
     "durable.py:rename_durably < durable.py:write_atomic < commits.py:_write < commits.py:confirm "
     "< commits.py:reconcile": _LEARNED_AGAIN,
+    "descriptor.py:flush < external.py:flush < replica.py:_flush": "what is noted of it no later process believes",
+    "durable.py:rename_durably < durable.py:write_atomic < external.py:_bind < external.py:begin < journal.py:begin "
+    "< store.py:begin_work < replica.py:_begin < replica.py:_open_session": "the first commit flushes the directory",
     "durable.py:__init__ < store.py:create": "the identity is written next into the same directory",
     "durable.py:remove_durably < store.py:begin_work < handover.py:_demote": "work is new there: its name is durable "
     "only after the removal is",

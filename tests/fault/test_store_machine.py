@@ -22,7 +22,9 @@ from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
 from blockferry.common.volumes import Volume
 from blockferry.server import points as points_module
+from blockferry.server import pool as pool_module
 from blockferry.server import replica as replica_module
+from blockferry.server.devices import DeviceSpec
 from blockferry.server.replica import Replica
 from blockferry.server.session import TRANSITIONS, Event, State
 from blockferry.v1 import replication_pb2 as pb
@@ -34,6 +36,7 @@ from tests.fault.contents import content_of, files_of, read_all
 from tests.fault.local import Clock, Local
 from tests.fault.raw import REGION, write_request
 from tests.images import BLOCK, noise
+from tests.unit.devices import FileBase, garbage, make_device
 
 T = TypeVar("T")
 
@@ -42,6 +45,8 @@ SIZE = REGIONS * REGION - 12 * BLOCK - 1000
 """The last region is short, and so is its last block."""
 
 GROWN = SIZE + 2 * REGION
+CAPACITY = GROWN + 3 * BLOCK
+"""Bytes of a device."""
 LEASE = 60.0
 FLOOR = 1
 """Points the server keeps whatever a source asks for."""
@@ -59,6 +64,7 @@ class Model(RuleBasedStateMachine):
 
     root: Path
     clones: bool
+    on_device: bool
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +73,11 @@ class Model(RuleBasedStateMachine):
         self.clock = Clock()
         for module in (replica_module, points_module):
             self.patch.setattr(module, "time", self.clock)
+        self.patch.setattr(pool_module, "external_base", FileBase)
         self.directory = self.root / f"machine-{next(_numbers)}"
+        self.device = self.directory.with_suffix(".device")
+        if self.on_device:
+            make_device(self.device, CAPACITY)
         self.local = self._run(self._start())
 
         self.state = State.EMPTY
@@ -91,7 +101,10 @@ class Model(RuleBasedStateMachine):
         self.pins: dict[int, float] = {}
 
     def _start(self) -> Coroutine[Any, Any, Local]:
-        return Local.start(self.directory, lease=LEASE, floor=Retention(last=FLOOR), clones=self.clones)
+        devices = [DeviceSpec(NAME, str(self.device), self.directory)] if self.on_device else []
+        return Local.start(
+            self.directory, lease=LEASE, floor=Retention(last=FLOOR), clones=self.clones, devices=devices
+        )
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(work)
@@ -146,6 +159,9 @@ class Model(RuleBasedStateMachine):
             self.durable = None
         if self.unsure:
             self.work = self._certain_work(opened.session)
+        elif self.on_device and not self.generations:
+            # Whatever is there, from whomever.
+            self.work = bytearray(self.device.read_bytes())
         elif self.work is None:
             self.work = bytearray(self.generations[self.kept[-1]] if self.kept else b"")
         elif not self.generations and len(self.work) > size:
@@ -385,6 +401,9 @@ class Model(RuleBasedStateMachine):
                 self._end_session()
                 self._move(Event.CLOSE)
             self.pins = {}
+            if self.on_device:
+                # Others may have written to it.
+                self.durable = None
             self.unsure = self.unsure or (not self.clones and bool(self.kept) and self.work is not None)
             self.local = self._run(self._start())
 
@@ -433,7 +452,13 @@ class Model(RuleBasedStateMachine):
         self._run(replica.complete())
         self._check_points()
         if self.kept:
-            assert replica.path is not None and replica.path.read_bytes() == self.generations[self.kept[-1]]
+            newest = self.generations[self.kept[-1]]
+            assert replica.path is not None
+            found = replica.path.read_bytes()
+            if self.on_device:
+                assert found[GROWN:] == garbage(CAPACITY)[GROWN:]
+                found = found[: len(newest)]
+            assert found == newest
         if replica.session is not None and self.work is not None:
             assert self._run(read_all(replica.session.volume)) == self.work
             expected = self._digests(self.work)
@@ -441,7 +466,7 @@ class Model(RuleBasedStateMachine):
                 assert value == expected[region], f"work image, region {region}"
         needed, allowed = files_of(store, work=self.work is not None)
         names = {path.name for path in store.directory.iterdir()}
-        if self.work is not None and not self.kept and not self.clones:
+        if self.work is not None and not self.kept and not self.clones and not self.on_device:
             needed, allowed = needed | {"image.raw"}, allowed | {"image.raw"}
         assert needed <= names <= allowed | {"clean.json"}
         if self.clones:
@@ -464,18 +489,21 @@ class Model(RuleBasedStateMachine):
         self.runner.close()
         self.patch.undo()
         shutil.rmtree(self.directory)
+        self.device.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("clones", [True, False], ids=["clones", "journal"])
-def test_sessions_points_and_retention(
-    clones: bool, pool_root: Path, xfs_mount: Path | str, request: pytest.FixtureRequest
-) -> None:
-    if clones and isinstance(xfs_mount, str):
+@pytest.mark.parametrize("kind", ["clones", "journal", "device"])
+def test_sessions_points_and_retention(kind: str, pool_root: Path, xfs_mount: Path | str) -> None:
+    if kind == "clones" and isinstance(xfs_mount, str):
         pytest.skip(f"no file system with reflinks: {xfs_mount}")
-    machine = type("Machine", (Model,), {"root": pool_root, "clones": clones})
+    attributes = {"root": pool_root, "clones": kind == "clones", "on_device": kind == "device"}
+    machine = type("Machine", (Model,), attributes)
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=15 if kind == "device" else 100,
+            stateful_step_count=50,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
         ),
     )

@@ -251,8 +251,9 @@ KEYS: dict[str, Key] = {
     "limits.per_client.bytes_in_flight": Key('"3M"', opened("bytes_in_flight"), 3 * MIB, 64 * MIB),
 }
 
-ELSEWHERE = {"listen", "insecure", "pool.NAME.path"}
-"""Keys with a test of their own below: they decide whether there is a server to look at, and where."""
+ELSEWHERE = {"listen", "insecure", "pool.NAME.path"} | {path for path in leaves(ServerConfig) if "device." in path}
+"""Keys with a test of their own: they decide whether there is a server to look at, and where (below), or are those of
+devices (test_config_devices.py)."""
 
 
 def refused_sections() -> set[str]:
@@ -348,7 +349,6 @@ def test_plaintext_for_other_machines_is_insecure(tmp_path: Path, insecure: str)
 def test_what_a_server_cannot_do_yet_it_refuses(section: str, tmp_path: Path) -> None:
     settings = {
         "tls": {f"tls.{key}": '"/nowhere"' for key in ("cert", "key", "ca", "crl")},
-        "device": {"device.db.path": '"/dev/null"', "device.db.journal": '"/nowhere"'},
         "grant": {"[grant].san": '"x"', "[grant].role": '"agent"'},
     }[section]
     with start({"pool.main.path": f'"{tmp_path}"', **settings}, tmp_path / "server.toml") as process:

@@ -20,7 +20,7 @@ from blockferry.common.nbd import protocol as nbd_protocol
 from blockferry.common.retention import DEFAULT
 from blockferry.common.rpc import to_status
 from blockferry.common.volumes import nbd
-from blockferry.server import changes, clones, content, identity, journal, pool, scrub, scrubber, space, store
+from blockferry.server import base, changes, clones, content, identity, journal, pool, scrub, scrubber, space, store
 from blockferry.server.arguments import configuration
 from blockferry.v1 import replicas_pb2, replication_pb2
 
@@ -65,11 +65,14 @@ def test_commands_of_the_documents_are_commands() -> None:
     lines = {path.name: [line.split() for line in code_blocks(path)] for path in DOCUMENTS}
     clients = [words for found in lines.values() for words in found if words[:1] == ["blockferry"]]
     servers = [words for found in lines.values() for words in found if words[:1] == ["blockferry-server"]]
-    assert (len(clients), len(servers)) == (34, 5)
+    assert (len(clients), len(servers)) == (35, 6)
     for words in clients:
         build_parser().parse_args(words[1:])
     assert [words[1:] for words in servers if "--config" in words] == [["--config", "/etc/blockferry/server.toml"]] * 2
-    named = {words[2]: configuration(words[1:]).pool for words in servers if "--config" not in words}
+    parsed = {words[2]: configuration(words[1:]) for words in servers if "--config" not in words}
+    (device,) = (found.device for name, found in parsed.items() if name.startswith("db="))
+    assert {name: one.journal for name, one in device.items()} == {"db": Path("/srv/journal")}
+    named = {words: found.pool for words, found in parsed.items() if found.pool}
     assert {words: [(name, str(pool.path)) for name, pool in pools.items()] for words, pools in named.items()} == {
         "/srv/replicas": [("main", "/srv/replicas")],
         "/srv/home": [("main", "/srv/home")],
@@ -154,7 +157,7 @@ def test_failback_is_the_line_of_the_readme(tmp_path: Path) -> None:
 def test_every_file_of_a_replica_is_described() -> None:
     """The names that store.py, pool.py and commits.py give to files."""
     names = {store._IDENTITY, store._LOG, store._SESSION, store._PROGRESS, store._CLEAN, pool._LOCK}
-    names |= {"work.img", "work.redo", journal._IMAGE, pool.SEEDS, content.PROMOTED, scrub.NAME, identity.NAME}
+    names |= {"work.img", "work.redo", base.IMAGE_NAME, pool.SEEDS, content.PROMOTED, scrub.NAME, identity.NAME}
     assert len(names) == 13
     names |= {
         f"COMMIT-ID{clones.IMAGE}",

@@ -111,7 +111,7 @@ def test_nothing_to_serve_is_wrong_usage(words: list[str], tmp_path: Path, capsy
     with pytest.raises(SystemExit) as caught:
         configuration(words)
     assert caught.value.code == 2
-    assert "nothing to serve: give --pool [NAME=]DIR, or --config FILE" in capsys.readouterr().err
+    assert "nothing to serve: give --pool [NAME=]DIR or --device, or --config FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lease", ["0", "0.01", "nan", "x", "25h", "-1", ""])

@@ -14,7 +14,7 @@ from blockferry.common.units import parse_seconds, parse_size
 from tests.tables import ROOT, code, document, table
 
 TEXT = document("docs/configuration.md")
-TABLES = [table(TEXT, heading) for heading in ("## Server", "## Pools", "## Limits")]
+TABLES = [table(TEXT, heading) for heading in ("## Server", "## Pools", "## Devices", "## Limits")]
 DEFAULTS = {code(row): one.cells[row, "default"] for one in TABLES for row in one.rows}
 RANGES = {code(row): one.cells[row, "range"] for one in TABLES for row in one.rows}
 EXAMPLE = ROOT / "deploy/server.toml"
@@ -39,7 +39,7 @@ def value(path: str) -> object:
     return list(found) if isinstance(found, tuple) else found
 
 
-@pytest.mark.parametrize("path", [path for path in HONOURED if not path.startswith("pool.")])
+@pytest.mark.parametrize("path", [path for path in HONOURED if not path.startswith(("pool.", "device."))])
 def test_the_default_is_the_one_of_the_code(path: str) -> None:
     written = tomllib.loads(f"x = {code(DEFAULTS[path])}")["x"]
     if isinstance(written, str):
@@ -68,6 +68,8 @@ def accepted(path: str, one: object) -> bool:
         settings = {name: settings}
     for pool in settings.get("pool", {}).values():
         pool["path"] = "/srv"
+    for device in settings.get("device", {}).values():
+        device.update(path="/dev/sdb", journal="/srv")
     found = read(ServerConfig, settings)[1]
     assert [problem.path for problem in found] in ([], [path.replace("NAME", "main")])
     return not found
@@ -75,7 +77,7 @@ def accepted(path: str, one: object) -> bool:
 
 def test_the_example_is_a_right_file_with_every_key() -> None:
     config = load_server(EXAMPLE)
-    present = {re.sub(r"^pool\.main", "pool.NAME", path) for path in _paths(tomllib.loads(EXAMPLE.read_text()))}
+    present = {re.sub(r"^(pool|device)\.\w+", r"\1.NAME", path) for path in _paths(tomllib.loads(EXAMPLE.read_text()))}
     # Of the rules of retention an example has some.
     assert present == {path for path in HONOURED if not re.search(r"(hourly|weekly|monthly|yearly)$", path)}
     assert config.limits == LimitsConfig(), "the defaults, as it says"

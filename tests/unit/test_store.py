@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from blockferry.common.retention import Retention
 from blockferry.server.cache import DigestCache
-from blockferry.server.store import FORMAT, SessionRecord, Store
+from blockferry.server.store import FORMAT_OF_FILES, SessionRecord, Store
 from pyroaring import BitMap
 
 from tests.unit.stores import (
@@ -43,7 +43,7 @@ def test_a_new_replica_is_empty_and_random(home: Path, kind: str) -> None:
         log = one.generations
         assert (log.newest, log.points, log.committed_size, log.last_number) == (None, [], None, 0)
         assert (log.adopted_size, log.promoted) == (None, None)
-        assert (one.identity.format, one.identity.region_size) == (FORMAT, REGION)
+        assert (one.identity.format, one.identity.region_size) == (FORMAT_OF_FILES, REGION)
         assert (len(one.identity.key), len(bytes.fromhex(one.identity.uuid))) == (32, 16)
         assert one.session == SessionRecord()
         assert log.committed(IDS[1]) is None and log.point(0) is None and log.point(1) is None

@@ -19,7 +19,7 @@ from blockferry.common.durable import Log
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.volumes import volume
 from blockferry.server.cache import DigestCache
-from blockferry.server.store import FORMAT, SessionRecord, Store
+from blockferry.server.store import FORMAT, FORMAT_OF_FILES, SessionRecord, Store
 from pyroaring import BitMap
 
 from tests.unit.conftest import Place
@@ -512,7 +512,7 @@ def test_an_older_format_is_raised_so_that_older_servers_refuse_what_is_written_
     identity = msgspec.json.decode(path.read_bytes())
     path.write_bytes(msgspec.json.encode({**identity, "format": 1}))
     again = opened(store.directory, store)
-    assert again.identity.format == FORMAT
+    assert again.identity.format == FORMAT_OF_FILES
     assert msgspec.json.decode(path.read_bytes()) == identity
     again.abandon()
 

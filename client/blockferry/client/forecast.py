@@ -43,13 +43,16 @@ class Forecast:
 
 def needed_max(plan: Plan, kind: str, *, committed: bool) -> int:
     """Bytes that a sync takes at most. A clone takes what is written. A journal takes that, and applying it takes the
-    same again: room for what was a hole, and the bytes that were there before. A first sync needs no journal."""
-    return plan.bytes_to_read * (2 if kind == "journal" and committed else 1)
+    same again: room for what was a hole, and the bytes that were there before. A first sync needs no journal, and on a
+    device nothing else."""
+    if not committed:
+        return 0 if kind == "device" else plan.bytes_to_read
+    return plan.bytes_to_read * (1 if kind == "clones" else 2)
 
 
-def forecast(plan: Plan, pools: list[pb.Pool], replica: pb.Replica | None, pool: str) -> Forecast:
-    """The forecast for a replica, or for a new one (None) in the pool called `pool` (empty: the first). Raises
-    NOT_FOUND where there is no such pool, and INVALID_ARGUMENT where the replica is in another one."""
+def forecast(plan: Plan, pools: list[pb.Pool], replica: pb.Replica | None, pool: str, volume: str = "") -> Forecast:
+    """The forecast for a replica called `volume`, or for a new one (None) in the pool called `pool` (empty: the first).
+    Raises NOT_FOUND where there is no such pool, and INVALID_ARGUMENT where the replica is in another one."""
     if replica is not None and pool not in ("", replica.pool):
         raise BlockferryError(
             Code.INVALID_ARGUMENT,
@@ -60,7 +63,8 @@ def forecast(plan: Plan, pools: list[pb.Pool], replica: pb.Replica | None, pool:
             expected=replica.pool,
             found=pool,
         )
-    name = replica.pool if replica is not None else pool or pools[0].name
+    home = next((one.name for one in pools if volume in one.devices), "")
+    name = replica.pool if replica is not None else home or pool or pools[0].name
     for one in pools:
         if one.name == name:
             committed = replica is not None and replica.generation > 0
@@ -68,7 +72,7 @@ def forecast(plan: Plan, pools: list[pb.Pool], replica: pb.Replica | None, pool:
                 pool=name,
                 free=one.free,
                 reserve=one.reserve,
-                needed_max=needed_max(plan, one.kind, committed=committed),
+                needed_max=needed_max(plan, "device" if volume in one.devices else one.kind, committed=committed),
                 held=replica.bytes_held if replica is not None else 0,
                 quota=one.quota,
             )
@@ -93,5 +97,5 @@ async def ask_forecast(connection: Connection, volume: str, pool: str, plan: Pla
     except BlockferryError as error:
         if error.code is not Code.NOT_FOUND:
             raise
-        return forecast(plan, list(found.pools), None, pool)
-    return forecast(plan, list(found.pools), shown.replica, pool)
+        return forecast(plan, list(found.pools), None, pool, volume)
+    return forecast(plan, list(found.pools), shown.replica, pool, volume)

@@ -184,7 +184,7 @@ class ServerConfig(msgspec.Struct, frozen=True):
     grant: tuple[Grant, ...] = ()
 
 
-NOT_YET = {"tls": "TLS", "device": "devices as destinations", "grant": "grants"}
+NOT_YET = {"tls": "TLS", "grant": "grants"}
 """Sections whose meaning is settled, and which no server honours yet. They are refused: a server that left out a
 `[tls]` in silence would be open to everybody. Whoever teaches the server one of them removes it here."""
 

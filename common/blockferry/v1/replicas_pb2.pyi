@@ -86,7 +86,7 @@ class Scrub(_message.Message):
     def __init__(self, at_us: _Optional[int] = ..., generation: _Optional[int] = ..., bytes: _Optional[int] = ..., rotten: _Optional[_Iterable[_Union[ReadRange, _Mapping]]] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class Pool(_message.Message):
-    __slots__ = ("name", "path", "kind", "total", "free", "reserve", "quota", "replicas", "bytes_held", "problem", "notice")
+    __slots__ = ("name", "path", "kind", "total", "free", "reserve", "quota", "replicas", "bytes_held", "problem", "notice", "devices")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -98,6 +98,7 @@ class Pool(_message.Message):
     BYTES_HELD_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     NOTICE_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     kind: str
@@ -109,7 +110,8 @@ class Pool(_message.Message):
     bytes_held: int
     problem: str
     notice: str
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., kind: _Optional[str] = ..., total: _Optional[int] = ..., free: _Optional[int] = ..., reserve: _Optional[int] = ..., quota: _Optional[int] = ..., replicas: _Optional[int] = ..., bytes_held: _Optional[int] = ..., problem: _Optional[str] = ..., notice: _Optional[str] = ...) -> None: ...
+    devices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., kind: _Optional[str] = ..., total: _Optional[int] = ..., free: _Optional[int] = ..., reserve: _Optional[int] = ..., quota: _Optional[int] = ..., replicas: _Optional[int] = ..., bytes_held: _Optional[int] = ..., problem: _Optional[str] = ..., notice: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListPoolsRequest(_message.Message):
     __slots__ = ()

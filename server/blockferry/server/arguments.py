@@ -1,7 +1,8 @@
 """The command line of blockferry-server, and the file it may name: one configuration comes out of both.
 
 What is said on the command line counts more than what the file says: `--listen` takes the place of the file's list,
-`--pool` adds a pool (or gives one of the file another directory), and what is a key of pools counts for all of them.
+`--pool` adds a pool (or gives one of the file another directory), `--device` does the same for devices,
+and what is a key of pools or devices counts for all of them.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import TypeVar
 import msgspec
 from blockferry.common import retention
 from blockferry.common.arguments import argument
-from blockferry.common.config import DEFAULT_LISTEN, PoolConfig, ServerConfig, load_server
+from blockferry.common.config import DEFAULT_LISTEN, DeviceConfig, PoolConfig, ServerConfig, load_server
 from blockferry.common.errors import BlockferryError
 from blockferry.common.units import parse_duration, parse_seconds, parse_size
+from blockferry.server.devices import check_distinct_devices, parse_device
 from blockferry.server.pools import check_distinct, parse_pool
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -29,12 +31,16 @@ def configuration(argv: Sequence[str]) -> ServerConfig:
     parser = _parser()
     arguments = parser.parse_args(argv)
     check_distinct(arguments.pool)
+    check_distinct_devices(arguments.device)
     config = ServerConfig()
     if arguments.config:
         config = load_server(arguments.config, insecure=arguments.insecure)
     config = _overridden(config, arguments)
     if not config.pool and not config.device:
-        parser.error("nothing to serve: give --pool [NAME=]DIR, or --config FILE with a section [pool.NAME]")
+        parser.error(
+            "nothing to serve: give --pool [NAME=]DIR or --device, or --config FILE with a section [pool.NAME] or "
+            "[device.NAME]"
+        )
     return config
 
 
@@ -57,6 +63,15 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="[NAME=]DIR",
         help="existing directory for replicas, called main unless named; repeatable: new replicas go to the first",
+    )
+    parser.add_argument(
+        "--device",
+        action="append",
+        type=argument(parse_device),
+        default=[],
+        metavar="NAME=URI,journal=DIR[,limit=SIZE]",
+        help="replicate NAME to a block device (/dev/...) or an NBD export (nbd://..., nbd+unix://...), with its "
+        "journal in an existing directory, which devices may share; repeatable",
     )
     parser.add_argument(
         "--listen",
@@ -123,6 +138,11 @@ def _overridden(config: ServerConfig, arguments: argparse.Namespace) -> ServerCo
     for named in arguments.pool:
         known = pools.get(named.name)
         pools[named.name] = _replaced(known, path=named.path) if known else PoolConfig(named.path)
+    of_devices = {name: getattr(arguments, name) for name in ("keep_at_least", "journal_limit")}
+    devices = {name: _replaced(device, **of_devices) for name, device in config.device.items()}
+    for one in arguments.device:
+        told = DeviceConfig(one.uri, one.journal, one.journal_limit or arguments.journal_limit or 0)
+        devices[one.name] = _replaced(told, keep_at_least=arguments.keep_at_least)
     of_pools = {name: getattr(arguments, name) for name in ("keep_at_least", "reserve", "quota", "journal_limit")}
     return _replaced(
         config,
@@ -130,6 +150,7 @@ def _overridden(config: ServerConfig, arguments: argparse.Namespace) -> ServerCo
         insecure=arguments.insecure or None,
         scrub_every=arguments.scrub_every,
         pool={name: _replaced(pool, **of_pools) for name, pool in pools.items()},
+        device=devices,
         limits=_replaced(config.limits, lease=arguments.lease),
     )
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from blockferry.common import disk, linux
 from blockferry.common.durable import move_durably, rename_durably
 from blockferry.common.volumes import ImageVolume, Volume, in_thread
+from blockferry.server.cache import Stamp
 from blockferry.server.content import Content, forget_pages_of, unshared_bytes_of
 from blockferry.server.generations import Generations, Point
 
@@ -124,6 +125,10 @@ class CloneContent(Content):
     async def publish(self, point: Point, record: Callable[[], None]) -> None:
         await in_thread(record)
 
+    @property
+    def incomplete(self) -> bool:
+        return False
+
     async def complete(self) -> None:
         return
 
@@ -141,6 +146,9 @@ class CloneContent(Content):
 
     def path(self, point: Point) -> Path | None:
         return self.image(point)
+
+    def stamp(self, point: Point) -> Stamp:
+        return Stamp.of(self.image(point))
 
     def problem(self, point: Point) -> str:
         return "" if self.image(point).exists() else "its image is missing"

@@ -19,10 +19,10 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
 
 from blockferry.common import linux
-from blockferry.common.volumes import Volume
+from blockferry.common.volumes import ImageVolume, Volume, in_thread
+from blockferry.server.cache import Stamp
 from blockferry.server.generations import Generations, Point
 
 PROMOTED = "promoted.img"
@@ -32,7 +32,7 @@ PROMOTED = "promoted.img"
 class Content(abc.ABC):
     """Methods are called one at a time, except for `open_point` and what only looks. All may raise BlockferryError."""
 
-    kind: ClassVar[str]
+    kind: str
 
     def __init__(self, directory: Path, generations: Generations) -> None:
         self.directory = directory
@@ -42,6 +42,17 @@ class Content(abc.ABC):
     def promoted(self) -> Path:
         """Where a promoted image is, whether or not it exists."""
         return self.directory / PROMOTED
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a promotion hands out what the newest generation is on, and no file: then all other generations, and
+        what leads to them, are given up by it."""
+        return False
+
+    @property
+    def handed_out(self) -> str:
+        """Where people find what was promoted."""
+        return str(self.promoted)
 
     @abc.abstractmethod
     def recover(self) -> None:
@@ -61,10 +72,19 @@ class Content(abc.ABC):
     def has_work(self) -> bool:
         """Whether an earlier session has left work."""
 
+    async def check(self, size: int) -> None:
+        """Raise unless a session of a source of `size` bytes may begin. Nothing is changed."""
+        return
+
     @property
     @abc.abstractmethod
     def unfinished(self) -> Path:
         """Where the image of a first sync is, whether or not it exists."""
+
+    async def open_unfinished(self, size: int) -> Volume | None:
+        """What a first sync of `size` bytes would go on with, as a read-only volume; the caller closes it. None where
+        there is nothing."""
+        return await open_image(self.unfinished)
 
     @abc.abstractmethod
     async def begin(self, size: int) -> tuple[Volume, bool]:
@@ -97,6 +117,11 @@ class Content(abc.ABC):
     async def publish(self, point: Point, record: Callable[[], None]) -> None:
         """Write the record (a blocking call) and show `point` to readers from then on."""
 
+    @property
+    @abc.abstractmethod
+    def incomplete(self) -> bool:
+        """Whether a commit has put something off, so that the newest generation is no complete image yet."""
+
     @abc.abstractmethod
     async def complete(self) -> None:
         """Finish what a commit has put off; nothing if there is nothing. Another session needs it done."""
@@ -114,6 +139,23 @@ class Content(abc.ABC):
     @abc.abstractmethod
     def path(self, point: Point) -> Path | None:
         """The complete image of a generation, where there is one."""
+
+    def location(self, point: Point) -> str:
+        """The same for people, also where it is no path; empty where there is none."""
+        return str(self.path(point) or "")
+
+    @abc.abstractmethod
+    def stamp(self, point: Point) -> Stamp | None:
+        """What tells whether anybody has touched the complete image of a generation; None where nothing can. Blocking;
+        may raise OSError."""
+
+    async def trouble(self) -> str:
+        """Why nothing can be read or written now, in words; empty if it can."""
+        return ""
+
+    async def release(self) -> None:
+        """Let go of what others may want to use; it is taken again when it is needed."""
+        return
 
     @abc.abstractmethod
     def problem(self, point: Point) -> str:
@@ -135,6 +177,28 @@ class Content(abc.ABC):
     async def hand_out(self, point: Point, target: Path, progress: Callable[[int, int], None]) -> None:
         """Make `target` a file with what a generation holds, to be written by others. Not durable yet. `progress` is
         told of (bytes done, bytes in all)."""
+
+    # --- handing over in place ------------------------------------------------------------------------------------
+
+    async def rewind(self, point: Point, record: Callable[[], None]) -> None:
+        """Make the generation before the newest the newest one again; the record gives the newer one up. `complete` is
+        due afterwards, and goes on after a crash."""
+        raise NotImplementedError
+
+    async def give_away(self, record: Callable[[], None]) -> None:
+        """Hand out what the newest generation is on; the record gives all others up."""
+        raise NotImplementedError
+
+    async def take_back_in_place(self, point: Point, record: Callable[[], None]) -> None:
+        """Take back what was handed out, durably as it is, as the generation `point`."""
+        raise NotImplementedError
+
+
+async def open_image(path: Path) -> Volume | None:
+    """An image for reading; None where there is none, or nothing in it."""
+    if not await in_thread(lambda: path.exists() and path.stat().st_size > 0):
+        return None
+    return await ImageVolume.open(path)
 
 
 def forget_pages_of(path: Path) -> None:

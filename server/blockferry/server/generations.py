@@ -33,6 +33,8 @@ class Promotion:
     number: int
     commit_id: bytes
     at_us: int
+    in_place: bool = False
+    """No copy of it was: there are no other points, and nobody can say what it holds now."""
 
 
 class Generations:
@@ -122,14 +124,20 @@ class Generations:
         """What the first sync starts from is an image of this size that was there before."""
         self._append({"kind": "adopt", "size": size})
 
+    def rewind(self, point: Point) -> None:
+        """All generations newer than `point` are given up."""
+        self._append({"kind": "rewind", "number": point.number})
+
     def promote(self, promotion: Promotion) -> None:
         """From here on the replica is promoted."""
-        record = {
+        record: dict[str, object] = {
             "kind": "promote",
             "number": promotion.number,
             "commit_id": promotion.commit_id.hex(),
             "at_us": promotion.at_us,
         }
+        if promotion.in_place:
+            record["in_place"] = True
         self._append(record)
 
     def _append(self, record: dict[str, object]) -> None:
@@ -141,6 +149,9 @@ class Generations:
     def _replay(self, record: dict[str, object]) -> None:
         match record:
             case {"kind": "commit"} if (point := _point_of(record)) is not None:
+                if self.promoted is not None and self.promoted.in_place:
+                    # What the one that was handed out held is what this one began with, and nowhere else.
+                    self.points = []
                 self.points.append(point)
                 self.last_number, self.committed_size = point.number, point.size
                 if record.get("demotes"):
@@ -157,6 +168,11 @@ class Generations:
                 self.adopted_size = size
             case {"kind": "promote"} if (promotion := _promotion_of(record)) is not None:
                 self.promoted = promotion
+                if promotion.in_place:
+                    self.points = [point for point in self.points if point.number == promotion.number]
+            case {"kind": "rewind", "number": int(number)} if self.point(number) is not None:
+                self.points = [point for point in self.points if point.number <= number]
+                self.committed_size = self.points[-1].size
             case _:
                 raise self._unknown(record)
 
@@ -176,7 +192,7 @@ def _promotion_of(record: dict[str, object]) -> Promotion | None:
     match record:
         case {"number": int(number), "commit_id": str(commit_id), "at_us": int(at_us)}:
             with contextlib.suppress(ValueError):
-                return Promotion(number, bytes.fromhex(commit_id), at_us)
+                return Promotion(number, bytes.fromhex(commit_id), at_us, record.get("in_place") is True)
     return None
 
 

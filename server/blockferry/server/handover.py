@@ -4,7 +4,8 @@
     demote    the file is dropped, or becomes the newest generation; syncs go on
     adopt     an image brought by other means becomes the work of a first sync, which then compares instead of sending
 
-Each leaves the recovery points whole. Promotion and demotion mint commit ids, so that nothing which knew the replica
+Each leaves the recovery points whole, except on devices: there the device itself is handed out and taken back, and it
+is the one point that is left. Promotion and demotion mint commit ids, so that nothing which knew the replica
 before takes its content for granted.
 """
 
@@ -54,6 +55,7 @@ async def _promote(replica: Replica, number: int, progress: Progress) -> Promoti
             return done
         _refuse_unfinished(replica, "promote")
         state = transition(replica.name, replica.state, Event.PROMOTE)
+        _refuse_readers(replica)
         await _refuse_without_room(replica, point)
         await replica.end_session()
         replica.state = replica.state_at_rest()
@@ -63,6 +65,8 @@ async def _promote(replica: Replica, number: int, progress: Progress) -> Promoti
     target = store.content.promoted
     temporary = target.with_suffix(".tmp")
     try:
+        if store.content.in_place:
+            return await _give_away(replica, point)
         await in_thread(disk.unlink, temporary)
         await store.content.hand_out(point, temporary, progress)
         await in_thread(_make_durable, temporary, target)
@@ -77,6 +81,30 @@ async def _promote(replica: Replica, number: int, progress: Progress) -> Promoti
         raise ours from error
     disk.crash_point("promote-recorded")
     return promotion
+
+
+async def _give_away(replica: Replica, point: Point) -> Promotion:
+    """Bring the device to what a point holds, and hand it out."""
+    store = replica.store
+    await replica.complete()
+    if point != store.generations.newest:
+        await store.rewind(point)
+        await replica.complete()
+    promotion = Promotion(point.number, secrets.token_bytes(COMMIT_ID_SIZE), time.time_ns() // 1000, in_place=True)
+    await store.give_away(promotion)
+    return promotion
+
+
+def _refuse_readers(replica: Replica) -> None:
+    """What is handed out in place takes all points with it."""
+    if replica.store.content.in_place and replica.points.in_use:
+        raise BlockferryError(
+            Code.IN_USE,
+            f"cannot promote {replica.name}",
+            cause="a recovery point of it is being read, and promoting a device gives them up",
+            next="wait until the verify, plan or sync that reads it is over",
+            volume=replica.name,
+        )
 
 
 def _refuse_unfinished(replica: Replica, verb: str) -> None:
@@ -105,7 +133,11 @@ def _make_durable(temporary: Path, target: Path) -> None:
 async def _refuse_without_room(replica: Replica, point: Point) -> None:
     """Where a point can only be copied, look for the room before anything is ended."""
     content = replica.store.content
-    needed = await content.room_to_hand_out(point)
+    try:
+        needed = await content.room_to_hand_out(point)
+    except BlockferryError as error:
+        error.volume = replica.name
+        raise
     free = (await in_thread(shutil.disk_usage, content.directory)).free
     if needed > free:
         raise BlockferryError(
@@ -133,6 +165,8 @@ async def _demote(replica: Replica, keep_changes: bool) -> Point:
         _refuse_unfinished(replica, "demote")
         store, image = replica.store, replica.store.content.promoted
         newest = replica.points.resolve(0)
+        if store.content.in_place:
+            return await _take_back_in_place(replica, state, keep_changes)
         await in_thread(_refuse_in_use, replica.name, image)
         size = newest.size
         try:
@@ -166,6 +200,28 @@ async def _demote(replica: Replica, keep_changes: bool) -> Point:
             log.error("cannot remove what was promoted", volume=replica.name, error=str(error))
         await replica.points.retire()
     replica.complete_soon()
+    return point
+
+
+async def _take_back_in_place(replica: Replica, state: State, keep_changes: bool) -> Point:
+    store = replica.store
+    if not keep_changes:
+        raise BlockferryError(
+            Code.UNSUPPORTED,
+            f"cannot demote {replica.name} without its changes",
+            cause=f"{store.content.handed_out} itself was handed out: what it held before is nowhere else",
+            next="demote it with --keep-changes, and let the next sync overwrite what differs; nothing was changed",
+            volume=replica.name,
+        )
+    try:
+        point = await store.take_back_in_place(secrets.token_bytes(COMMIT_ID_SIZE))
+    except (OSError, BlockferryError) as error:
+        ours = as_ours(error, f"cannot demote {replica.name}")
+        ours.volume = replica.name
+        await replica.believe_the_disk()
+        raise ours from error
+    replica.state = state
+    disk.crash_point("demote-recorded")
     return point
 
 

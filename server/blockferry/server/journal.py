@@ -1,4 +1,4 @@
-"""Generations as one image, a redo journal and undo files: for file systems and devices that cannot share extents.
+"""Generations as one image, a redo journal and undo files: for devices, and file systems that cannot share extents.
 
     NAME/image.raw            the newest generation, once its redo is applied; a first sync writes it in place
     NAME/work.redo            the changes of a session, read over the image
@@ -21,40 +21,42 @@ holds every block that its successor changes, so readers of older generations ne
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from blockferry.common import disk
-from blockferry.common.durable import move_durably, remove_durably, rename_durably
+from blockferry.common.durable import remove_durably, rename_durably
 from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.regions import BLOCK_SIZE
 from blockferry.common.volumes import ImageVolume, Volume, in_thread
 from blockferry.server import copying
+from blockferry.server.base import IMAGE_NAME, Base, ImageBase
+from blockferry.server.cache import Stamp
 from blockferry.server.clones import IMAGE
 from blockferry.server.content import Content, forget_pages_of, unshared_bytes_of
 from blockferry.server.delta import Delta, below, extents, index_of
 from blockferry.server.gate import Gate
 from blockferry.server.generations import Generations, Point, corrupt
 from blockferry.server.overlay import OverlayVolume
+from pyroaring import BitMap64
 
-_IMAGE = "image.raw"
 REDO = ".redo"
 UNDO = ".undo"
 
 
 class JournalContent(Content):
-    """One image and deltas. `limit` bounds the bytes of a session's changes; 0 for none."""
+    """A base and deltas. `limit` bounds the bytes of a session's changes; 0 for none. Without a `base` it is an image
+    in the replica's directory."""
 
-    kind = "journal"
-
-    def __init__(self, directory: Path, generations: Generations, *, limit: int = 0) -> None:
+    def __init__(self, directory: Path, generations: Generations, *, limit: int = 0, base: Base | None = None) -> None:
         super().__init__(directory, generations)
         self._limit = limit
         self._gate = Gate()
-        self._opening = asyncio.Lock()
-        self._base: ImageVolume | None = None
+        self.base = base or ImageBase(directory)
+        self.kind = "journal" if self.base.ours else "device"
+        self._work_hold = ImageBase.hold
+        """Of the base, when work on it began."""
         self._work: Delta | None = None
         self._redo: Delta | None = None
         self._undo: dict[bytes, Delta] = {}
@@ -67,12 +69,12 @@ class JournalContent(Content):
     @staticmethod
     def is_in(directory: Path) -> bool:
         """Whether a replica's content has this kind. It keeps it, also on a file system that can clone."""
-        return (directory / _IMAGE).exists()
+        return ImageBase.is_in(directory)
 
     @property
     def image(self) -> Path:
-        """The one image."""
-        return self.directory / _IMAGE
+        """The one image, where the base is one."""
+        return self.directory / IMAGE_NAME
 
     @property
     def work(self) -> Path:
@@ -93,7 +95,14 @@ class JournalContent(Content):
 
     def _recover(self) -> None:
         newest, older = self.generations.newest, self.generations.points[:-1]
-        self._settle_images(newest)
+        if self._is_handed_out:
+            # Whatever was read through these was given up by that, and must never be applied to it.
+            self._remove_deltas()
+            return
+        if isinstance(self.base, ImageBase):
+            known = {self._named(point, IMAGE) for point in self.generations.points} | {self.promoted}
+            found = list(self.directory.glob("*" + IMAGE))
+            self.base.settle(self._named(newest, IMAGE) if newest is not None else None, known, found)
         self._settle_redos(newest)
         for path in self.directory.glob("*" + REDO):
             if not index_of(path).exists():
@@ -113,17 +122,33 @@ class JournalContent(Content):
         for point in older:
             self._open_undo(point)
 
-    def _settle_images(self, newest: Point | None) -> None:
-        """What a pool of clones, or an update in place, has left on a file system that cannot clone: the newest
-        generation becomes the one image, older ones stay what they are, and all else is work of no use here. Without a
-        generation that work is the first sync's."""
-        if newest is not None and self._whole(newest) and not self.image.exists():
-            rename_durably(self._named(newest, IMAGE), self.image)
-        known = {self._named(point, IMAGE) for point in self.generations.points} | {self.promoted}
-        for path in sorted(set(self.directory.glob("*" + IMAGE)) - known, reverse=True):
-            if newest is None and not self.image.exists():
-                rename_durably(path, self.image)
-            else:
+    @property
+    def in_place(self) -> bool:
+        return not self.base.ours
+
+    @property
+    def handed_out(self) -> str:
+        return self.base.location if self.in_place else super().handed_out
+
+    @property
+    def _is_handed_out(self) -> bool:
+        """Whether the base is in somebody else's hands."""
+        return self.in_place and self.generations.promoted is not None
+
+    def _refuse_handed_out(self) -> None:
+        if self._is_handed_out:
+            raise BlockferryError(
+                Code.WRONG_STATE,
+                f"{self.base.location} cannot be used",
+                cause="it was handed out, and somebody may be writing to it",
+                next="demote the replica first",
+            )
+
+    def _remove_deltas(self) -> None:
+        for suffix in (REDO, UNDO):
+            for index in self.directory.glob("*" + suffix + ".index"):
+                disk.unlink(index)
+            for path in self.directory.glob("*" + suffix):
                 disk.unlink(path)
 
     def _settle_redos(self, newest: Point | None) -> None:
@@ -171,52 +196,76 @@ class JournalContent(Content):
 
     def close(self) -> None:
         self._let_go()
-        base, self._base = self._base, None
-        if base is not None:
-            base.let_go()
+        self.base.let_go()
 
-    async def _opened_base(self) -> ImageVolume:
-        async with self._opening:
-            if self._base is None:
-                self._base = await ImageVolume.open(self.image, writable=True)
-            return self._base
+    async def _opened_base(self) -> Volume:
+        self._refuse_handed_out()
+        return await self.base.opened(self.generations.committed_size or 0)
 
     # --- a session's work -----------------------------------------------------------------------------------------
 
     def has_work(self) -> bool:
         if self.generations.newest is None:
-            return self.image.exists()
+            return self.base.exists()
         return self._work is not None or index_of(self.work).exists()
 
     @property
     def unfinished(self) -> Path:
         return self.image
 
-    async def begin(self, size: int) -> tuple[Volume, bool]:
-        if self.generations.newest is None:
-            # Nothing is committed yet, so there is nothing to lose: the first sync writes in place.
-            continued = await in_thread(self._make_image, size)
-            return await ImageVolume.open(self.image, writable=True), continued
-        assert self._redo is None, "work is read over the image alone"
-        continued = await in_thread(self._open_work, size)
-        top, base = self._work, await self._opened_base()
-        assert top is not None
-        volume = OverlayVolume(str(self.work), size, base, lambda: (top,), self._gate, top=top, limit=self._limit)
-        return volume, continued
+    async def open_unfinished(self, size: int) -> Volume | None:
+        return await self.base.unfinished(size)
 
-    def _make_image(self, size: int) -> bool:
-        continued = self.image.exists()
-        fd = disk.create(self.image)
-        try:
-            if self.generations.adopted_size is None and os.fstat(fd).st_size > size:
-                # An unfinished first sync of a larger source.
-                disk.truncate(fd, 0)
-                continued = False
-            disk.truncate(fd, size)
-        finally:
-            os.close(fd)
-        disk.crash_point("open-work-made")
-        return continued
+    async def check(self, size: int) -> None:
+        await self.base.check(size, self.generations.committed_size or 0)
+
+    async def trouble(self) -> str:
+        if self._is_handed_out:
+            return ""
+        return await self.base.trouble(self.generations.committed_size or 0)
+
+    async def release(self) -> None:
+        await self.base.release()
+
+    async def begin(self, size: int) -> tuple[Volume, bool]:
+        newest = self.generations.newest
+        if newest is None:
+            # Nothing is committed yet, so there is nothing to lose: the first sync writes in place.
+            work, continued = await self.base.begin(size, adopted=self.generations.adopted_size is not None)
+            goes_on = self._goes_on()
+            disk.crash_point("open-work-made")
+            return work, continued and goes_on
+        assert self._redo is None, "work is read over the image alone"
+        base = await self._opened_base()
+        goes_on = self._goes_on()
+        continued = await in_thread(self._open_work, size)
+        top = self._work
+        assert top is not None
+        if not self.base.ours and size > newest.size:
+            await self._cover(top, base, newest.size)
+        volume = OverlayVolume(str(self.work), size, base, lambda: (top,), self._gate, top=top, limit=self._limit)
+        return volume, continued and goes_on
+
+    def _goes_on(self) -> bool:
+        """Whether work that begins now begins on what the work before had: what was found to be equal then, or written,
+        still is."""
+        before, self._work_hold = self._work_hold, self.base.hold
+        return before == self.base.hold
+
+    async def _cover(self, top: Delta, base: Volume, end: int) -> None:
+        """Have `top` hold all that lies past the `end` of the newest generation: on a base that is not ours this is not
+        zeros but anything."""
+        first = end // BLOCK_SIZE
+        past = BitMap64()
+        past.add_range(first, -(-top.size // BLOCK_SIZE))
+        past -= top.data | top.zero
+        if end % BLOCK_SIZE and first in past:
+            block = memoryview(bytearray(min(BLOCK_SIZE, top.size - first * BLOCK_SIZE)))
+            await base.read_into(first * BLOCK_SIZE, block[: end % BLOCK_SIZE])
+            await in_thread(top.write, [(first * BLOCK_SIZE, block)])
+            top.data.add(first)
+            past.remove(first)
+        top.zero |= past
 
     def _open_work(self, size: int) -> bool:
         continued = True
@@ -243,17 +292,18 @@ class JournalContent(Content):
         if delta is not None:
             delta.close()
         if self.generations.newest is None:
-            await in_thread(disk.unlink, self.image)
+            await self.base.discard()
         else:
             await in_thread(Delta.remove, self.work)
             if self._reservations and self._redo is None:
                 # While a redo is applied what it needs is not in use yet; `complete` sees to the rest.
-                await (await self._opened_base()).release()
+                await self.base.unreserve()
                 self._reservations = 0
         disk.crash_point("discard-removed")
 
     async def adopt(self, image: Path) -> None:
-        await in_thread(move_durably, image, self.image)
+        assert isinstance(self.base, ImageBase)
+        await self.base.adopt(image)
 
     async def take_back(self, image: Path) -> None:
         newest = self.generations.newest
@@ -272,6 +322,8 @@ class JournalContent(Content):
 
     async def seal(self, work: Volume, point: Point) -> None:
         newest, redo = self.generations.newest, self._work
+        if self.base.hold != self._work_hold:
+            raise self._lost()
         if newest is None:
             await in_thread(disk.fsync_directory, self.directory)
             return
@@ -287,6 +339,14 @@ class JournalContent(Content):
         await in_thread(rename_durably, index_of(self.work), index_of(target))
         redo.path = target
         disk.crash_point("commit-renamed")
+
+    def _lost(self) -> BlockferryError:
+        return BlockferryError(
+            Code.UNAVAILABLE,
+            f"{self.base.location} was lost during the session",
+            cause="it is another opening of it now, and others may have written in between",
+            next="run it again; what was committed stands",
+        )
 
     async def _capture(self, newest: Point, redo: Delta) -> Delta:
         """The before-images of everything that `redo` changes, complete and durable."""
@@ -308,17 +368,24 @@ class JournalContent(Content):
             await in_thread(record)
             self._redo, self._work = self._work, None
 
+    @property
+    def incomplete(self) -> bool:
+        return self._redo is not None
+
     async def complete(self) -> None:
         redo = self._redo
         if redo is None:
             return
+        await self.base.reserve(redo.size)
         base = await self._opened_base()
-        if base.size < redo.size:
-            await base.resize(redo.size)
         disk.crash_point("complete-begun")
-        await copying.apply(redo, base)
-        disk.crash_point("complete-applied")
-        await base.flush()
+        try:
+            await copying.apply(redo, base)
+            disk.crash_point("complete-applied")
+            await base.flush()
+        except (OSError, BlockferryError):
+            self.base.doubt()
+            raise
         if self._reservations > 1:
             # An attempt before this one may have reserved what this one did not need.
             await base.release()
@@ -376,17 +443,56 @@ class JournalContent(Content):
             )
         newer = [one for one in self.generations.points[:-1] if one.number >= point.number]
         with contextlib.suppress(KeyError):
-            return [self._undo[one.commit_id] for one in newer]
+            layers = [self._undo[one.commit_id] for one in newer]
+            # While an older generation is made the newest again, what the base does not have of it yet.
+            return [*layers, self._redo] if self._redo is not None else layers
         raise corrupt(self._named(point, UNDO), self.problem(point))
+
+    async def rewind(self, point: Point, record: Callable[[], None]) -> None:
+        undo = self._undo.get(point.commit_id)
+        if undo is None or point != self.generations.points[-2]:
+            raise corrupt(self._named(point, UNDO), self.problem(point) or "newer generations are in between")
+        path = self._named(point, REDO)
+        await in_thread(_link, undo.path, path)
+        disk.crash_point("device-rewind-linked")
+        async with self._gate.closed():
+            await in_thread(record)
+            self._redo = self._undo.pop(point.commit_id)
+            undo.path = path
+        disk.crash_point("device-rewind-recorded")
+        await in_thread(Delta.remove, self._named(point, UNDO))
+
+    async def give_away(self, record: Callable[[], None]) -> None:
+        assert self._redo is None
+        # A redo that was applied may come back after a power failure. `recover` removes it, whatever it is.
+        async with self._gate.closed():
+            await in_thread(record)
+            self._let_go()
+        disk.crash_point("device-given-away")
+        await in_thread(self._remove_deltas)
+        await self.base.release()
+
+    async def take_back_in_place(self, point: Point, record: Callable[[], None]) -> None:
+        try:
+            base = await self.base.opened(point.size)
+            await base.flush()
+            disk.crash_point("device-taken-back")
+            await in_thread(record)
+        except BaseException:
+            await self.base.release()
+            raise
+        # What anybody knew of it was before somebody wrote to it.
+        self._work_hold = -1
 
     async def open_point(self, point: Point) -> Volume:
         if self._whole(point) and point != self.generations.newest:
             return await ImageVolume.open(self._named(point, IMAGE))
+        self._refuse_handed_out()
         problem = self.problem(point)
         if problem:
             raise corrupt(self._named(point, UNDO), problem)
         return OverlayVolume(
-            f"{self.image}@{point.number}",
+            f"{self.base.location}@{point.number}",
             point.size,
             await self._opened_base(),
             lambda: self._layers(point),
@@ -395,13 +501,26 @@ class JournalContent(Content):
 
     def path(self, point: Point) -> Path | None:
         if point == self.generations.newest:
-            return self.image if self._redo is None else None
+            return self.base.path if self._redo is None else None
         return self._named(point, IMAGE) if self._whole(point) else None
+
+    def location(self, point: Point) -> str:
+        if point == self.generations.newest:
+            return self.base.location if self._redo is None else ""
+        return super().location(point)
+
+    def stamp(self, point: Point) -> Stamp | None:
+        if point == self.generations.newest:
+            known = self._redo is None and self.base.hold == self._work_hold
+            return self.base.stamp() if known else None
+        return Stamp.of(self._named(point, IMAGE)) if self._whole(point) else None
 
     def problem(self, point: Point) -> str:
         if self._whole(point):
             return ""
-        if not self.image.exists():
+        if self._is_handed_out:
+            return "its device was handed out, and may have been written to since"
+        if not self.base.exists():
             return "its image is missing"
         for one in self.generations.points[:-1]:
             if one.number >= point.number and one.commit_id in self._broken:
@@ -412,17 +531,22 @@ class JournalContent(Content):
         if self._whole(point):
             return unshared_bytes_of(self._named(point, IMAGE))
         if point == self.generations.newest:
-            return unshared_bytes_of(self.image)
+            return self.base.bytes_held()
         return unshared_bytes_of(self._named(point, UNDO))
 
     def forget_pages(self, point: Point) -> None:
-        forget_pages_of(self._named(point, IMAGE) if self._whole(point) else self.image)
+        if self._whole(point):
+            forget_pages_of(self._named(point, IMAGE))
+        else:
+            self.base.forget_pages()
         for delta in self._layers(point):
             delta.forget_pages()
 
     async def room_to_hand_out(self, point: Point) -> int:
         volume = await self.open_point(point)
         try:
+            if self.in_place:
+                return 0
             return sum(length for _, length in await volume.data_extents(0, volume.size))
         finally:
             await volume.close()
@@ -437,3 +561,10 @@ class JournalContent(Content):
                 await made.close()
         finally:
             await volume.close()
+
+
+def _link(delta: Path, target: Path) -> None:
+    """Give a delta a second name, durably."""
+    disk.link(delta, target)
+    disk.link(index_of(delta), index_of(target))
+    disk.fsync_directory(target.parent)

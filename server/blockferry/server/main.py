@@ -9,13 +9,14 @@ import time
 
 import uvloop
 from blockferry.common import linux, rpc, telemetry
-from blockferry.common.config import PoolConfig, ServerConfig
+from blockferry.common.config import DeviceConfig, PoolConfig, ServerConfig
 from blockferry.common.errors import BlockferryError
 from blockferry.server import space
 from blockferry.server.admission import Admission
 from blockferry.server.arguments import configuration
+from blockferry.server.devices import DeviceSpec
 from blockferry.server.limits import Limits
-from blockferry.server.pools import Pools, PoolSpec
+from blockferry.server.pools import Pools, PoolSpec, with_devices
 from blockferry.server.replicas import ReplicasService
 from blockferry.server.replication import ReplicationService
 from blockferry.server.scrubber import Scrubber
@@ -38,7 +39,9 @@ async def serve(config: ServerConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
-    pools = await Pools.open([_spec(name, pool) for name, pool in config.pool.items()], config.limits.lease)
+    specs = [_spec(name, pool) for name, pool in config.pool.items()]
+    devices = [_device(name, device, config.insecure) for name, device in config.device.items()]
+    pools = await Pools.open(with_devices(specs, devices), config.limits.lease)
     tasks: list[asyncio.Task[None]] = []
     try:
         limits = Limits(config.limits, time.monotonic)
@@ -74,6 +77,12 @@ async def serve(config: ServerConfig) -> None:
 def _spec(name: str, pool: PoolConfig) -> PoolSpec:
     allowed = space.Limits(pool.reserve, pool.quota, pool.journal_limit)
     return PoolSpec(name, pool.path, pool.keep_at_least, allowed)
+
+
+def _device(name: str, device: DeviceConfig, insecure: bool) -> DeviceSpec:
+    return DeviceSpec(
+        name, device.path, device.journal, device.journal_limit, floor=device.keep_at_least, insecure=insecure
+    )
 
 
 async def _add_health_and_reflection(server: rpc.Server, names: list[str]) -> None:

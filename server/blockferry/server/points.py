@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import structlog
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention, reasons_to_keep
-from blockferry.common.volumes import ImageVolume, Volume
+from blockferry.common.volumes import Volume
 from blockferry.server.generations import Point
 from blockferry.server.store import Store
 
@@ -64,14 +64,18 @@ class Points:
         generations = self._store.generations
         point = generations.point(number)
         if point is None:
-            raise BlockferryError(
-                Code.NOT_FOUND,
-                f"{self._name} has no {f'generation {number}' if number else 'committed generation'}",
-                cause="retention may have dropped it" if generations.points else "its first sync has not finished",
-                next="list what there is with blockferry replica points" if number else "sync to it first",
-                volume=self._name,
-            )
+            raise self._missing(number)
         return point
+
+    def _missing(self, number: int) -> BlockferryError:
+        dropped = bool(self._store.generations.points)
+        return BlockferryError(
+            Code.NOT_FOUND,
+            f"{self._name} has no {f'generation {number}' if number else 'committed generation'}",
+            cause="retention may have dropped it" if dropped else "its first sync has not finished",
+            next="list what there is with blockferry replica points" if number else "sync to it first",
+            volume=self._name,
+        )
 
     @contextlib.asynccontextmanager
     async def reading(self, number: int) -> AsyncIterator[Volume]:
@@ -97,10 +101,9 @@ class Points:
     @contextlib.asynccontextmanager
     async def reading_start(self) -> AsyncIterator[Volume]:
         """What the next session would start from, where nothing is committed: the work of an unfinished first sync."""
-        path = self._store.content.unfinished
-        if not path.exists() or path.stat().st_size == 0:
-            self.resolve(0)
-        volume = await ImageVolume.open(path)
+        volume = await self._store.content.open_unfinished(self._store.session.size)
+        if volume is None:
+            raise self._missing(0)
         try:
             yield volume
         finally:

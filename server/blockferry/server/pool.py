@@ -6,7 +6,9 @@ import asyncio
 import fcntl
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Required, TypedDict
 
 import structlog
 from blockferry.common import disk, linux
@@ -17,6 +19,8 @@ from blockferry.common.regions import DEFAULT_REGION_SIZE, check_region_size
 from blockferry.common.retention import Retention
 from blockferry.common.volumes import in_thread
 from blockferry.server import handover
+from blockferry.server.devices import DeviceSpec
+from blockferry.server.external import ExternalBase, external_base
 from blockferry.server.identity import PoolIdentity, Verdict
 from blockferry.server.replica import Replica
 from blockferry.server.room import ReplicaRoom, Room
@@ -30,12 +34,31 @@ SEEDS = ".seeds"
 """Where an administrator puts images that are to be adopted."""
 
 
+class _StoreOptions(TypedDict, total=False):
+    clones: Required[bool]
+    journal_limit: int
+    base: ExternalBase
+
+
 class Pool:
     """All replicas in one directory. Names become directory entries only after `check_volume_name`."""
 
-    def __init__(self, name: str, path: Path, lease: float, floor: Retention, limits: Limits = UNLIMITED) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        lease: float,
+        floor: Retention,
+        limits: Limits = UNLIMITED,
+        *,
+        devices: Sequence[DeviceSpec] = (),
+        only_devices: bool = False,
+    ) -> None:
         self.name = name
         self.path = path
+        self.devices = {device.name: device for device in devices}
+        """Replicas that are on a device or an export; all else of them lies here."""
+        self._only_devices = only_devices
         self.room = Room(name, path, limits)
         self.names: list[str] = []
         """Names taken when the pool was opened, also by replicas that had to be left out."""
@@ -47,10 +70,21 @@ class Pool:
         self.clones = False
 
     @classmethod
-    async def open(cls, name: str, path: Path, lease: float, floor: Retention, limits: Limits = UNLIMITED) -> Pool:
+    async def open(
+        cls,
+        name: str,
+        path: Path,
+        lease: float,
+        floor: Retention,
+        limits: Limits = UNLIMITED,
+        *,
+        devices: Sequence[DeviceSpec] = (),
+        only_devices: bool = False,
+    ) -> Pool:
         """Lock the directory and open every replica in it. `lease` in seconds; `floor` are the recovery points kept
-        whatever a source asks for. Raises NOT_FOUND, READ_ONLY, UNREADABLE, UNSUPPORTED or IN_USE."""
-        pool = cls(name, path, lease, floor, limits)
+        whatever a source asks for; `devices` have their journals here, and with `only_devices` nothing else is made
+        here. Raises NOT_FOUND, READ_ONLY, UNREADABLE, UNSUPPORTED or IN_USE."""
+        pool = cls(name, path, lease, floor, limits, devices=devices, only_devices=only_devices)
         try:
             await in_thread(pool._open)
         except OSError as error:
@@ -60,7 +94,7 @@ class Pool:
             pool._unlock()
             raise
         for replica in pool.list():
-            replica.complete_soon()
+            replica.settle_soon()
         return pool
 
     def _open(self) -> None:
@@ -90,9 +124,11 @@ class Pool:
                 self.names.append(entry.name)
         if self._identity.verdict in (Verdict.NEW, Verdict.RESTORED):
             self._doubt()
-        for name in self.names:
+        found = list(self.names)
+        self.names += [name for name in self.devices if name not in found]
+        for name in found:
             try:
-                store = Store(self.path / name, clones=self.clones, journal_limit=self.room.limits.journal)
+                store = Store(self.path / name, **self._options(name, self._base(name)))
             except (OSError, BlockferryError) as error:
                 # One damaged replica must not take the others down with it.
                 log.error("replica left out", volume=name, error=str(error))
@@ -107,9 +143,22 @@ class Pool:
             for voucher in VOUCHERS:
                 remove_durably(self.path / name / voucher)
 
+    def _base(self, name: str) -> ExternalBase | None:
+        device = self.devices.get(name)
+        return external_base(device, self.path / name) if device is not None else None
+
+    def _options(self, name: str, base: ExternalBase | None) -> _StoreOptions:
+        device = self.devices.get(name)
+        options = _StoreOptions(clones=self.clones, journal_limit=self.room.limits.journal)
+        if device is not None and base is not None:
+            options["base"] = base
+            options["journal_limit"] = device.journal_limit or self.room.limits.journal
+        return options
+
     def _replica(self, name: str, store: Store) -> Replica:
         room = ReplicaRoom(self.room, name, store.directory)
-        return Replica(name, self.name, store, self._lease, self._floor, room)
+        floor = self.devices[name].floor if name in self.devices else self._floor
+        return Replica(name, self.name, store, self._lease, floor, room)
 
     def list(self) -> list[Replica]:
         """All replicas, by name."""
@@ -130,31 +179,56 @@ class Pool:
 
     def holds(self, name: str) -> bool:
         """Whether a name is taken here: by a replica, by one that is being made, or by whatever lies there."""
-        return name in self._replicas or name in self._making or (self.path / name).exists()
+        known = name in self._replicas or name in self._making or name in self.devices
+        return known or (self.path / name).exists()
 
-    async def get_or_create(self, name: str, region_size: int) -> Replica:
-        """The replica with this name, made if need be (`region_size` 0: the default)."""
+    async def get_or_create(self, name: str, region_size: int, size: int = 0) -> Replica:
+        """The replica with this name, made if need be (`region_size` 0: the default) for a source of `size` bytes."""
         known = self._replicas.get(check_volume_name(name))
         if known is not None:
             return known
         wanted = check_region_size(region_size or DEFAULT_REGION_SIZE)
+        if self._only_devices and name not in self.devices:
+            raise BlockferryError(
+                Code.NOT_FOUND,
+                f"there is no replica {name}",
+                cause=f"this server replicates to devices only: {', '.join(sorted(self.devices))}",
+                next="name one of these, or start the server with a --pool for others",
+                volume=name,
+            )
         making = self._making.get(name)
         if making is None:
             # To its end even if the client goes away: the directory would be there, and nobody would know the replica.
-            making = self._making[name] = asyncio.create_task(self._make(name, wanted))
+            making = self._making[name] = asyncio.create_task(self._make(name, wanted, size))
             making.add_done_callback(lambda done: self._making.pop(name))
             making.add_done_callback(lambda done: done.cancelled() or done.exception())
         return await asyncio.shield(making)
 
-    async def _make(self, name: str, region_size: int) -> Replica:
-        directory, limit = self.path / name, self.room.limits.journal
+    async def _make(self, name: str, region_size: int, size: int = 0) -> Replica:
+        base = self._base(name)
+        try:
+            if base is not None:
+                # Before anything is made for a device that cannot be used.
+                await base.check(size, 0)
+            store = await self._made_store(name, region_size, base)
+        except BaseException as error:
+            if base is not None:
+                await base.release()
+            if isinstance(error, BlockferryError):
+                error.volume = name
+            raise
+        self._replicas[name] = self._replica(name, store)
+        return self._replicas[name]
+
+    async def _made_store(self, name: str, region_size: int, base: ExternalBase | None) -> Store:
+        directory, options = self.path / name, self._options(name, base)
         try:
             if directory.exists():
                 # Left out when the server started, or made by an attempt that failed at its very end.
-                store = await in_thread(Store, directory, clones=self.clones, journal_limit=limit)
+                store = await in_thread(Store, directory, **options)
             else:
                 await self.room.check(name, f"cannot create {name}")
-                store = await in_thread(Store.create, directory, region_size, clones=self.clones, journal_limit=limit)
+                store = await in_thread(Store.create, directory, region_size, **options)
         except OSError as error:
             raise from_os_error(error, f"cannot create {name} in pool {self.name}", volume=name) from error
         except BlockferryError as error:
@@ -168,8 +242,7 @@ class Pool:
                 next="look at the server's log; move the directory away or repair it",
                 volume=name,
             ) from error
-        self._replicas[name] = self._replica(name, store)
-        return self._replicas[name]
+        return store
 
     async def delete(self, replica: Replica) -> None:
         """Remove a replica and all its recovery points. Raises IN_USE or WRONG_STATE."""
@@ -194,6 +267,14 @@ class Pool:
         """Make `seed`, a file in the pool's `.seeds` directory, the start of a first sync; returns the replica and its
         size in bytes."""
         path = self.path / SEEDS / check_volume_name(seed)
+        if name in self.devices:
+            raise BlockferryError(
+                Code.UNSUPPORTED,
+                f"cannot adopt {seed} as {name}",
+                cause=f"{name} is on {self.devices[name].uri}, whose own content the first sync compares with anyway",
+                next=f"copy {seed} onto the device and sync to it; nothing was changed",
+                volume=name,
+            )
         # Before the replica is made: a slip of the pen leaves nothing.
         await in_thread(handover.check_seed, name, path)
         replica = await self.get_or_create(name, region_size)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from blockferry.common.address import check_volume_name
+from blockferry.common.address import check_volume_name, is_volume_name
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import DEFAULT, Retention
+from blockferry.server.devices import DeviceSpec, check_distinct_devices
 from blockferry.server.pool import Pool
 from blockferry.server.replica import Replica
 from blockferry.server.space import UNLIMITED, Limits
@@ -21,13 +23,17 @@ DEFAULT_NAME = "main"
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """A pool that is to be opened: its directory, the recovery points kept there whatever a source asks for, and what
-    its administrator allows."""
+    """A pool that is to be opened, or a directory of journals of devices: its path, the recovery points kept there
+    whatever a source asks for, and what its administrator allows."""
 
     name: str
     path: Path
     floor: Retention = DEFAULT
     limits: Limits = UNLIMITED
+    devices: tuple[DeviceSpec, ...] = ()
+    """Those whose journals lie in it."""
+    only_devices: bool = False
+    """It is named for these alone, and no other replica is made in it."""
 
 
 def parse_pool(text: str) -> PoolSpec:
@@ -40,6 +46,28 @@ def parse_pool(text: str) -> PoolSpec:
             Code.INVALID_ARGUMENT, f"{text!r} names no directory", next="write --pool DIR or --pool NAME=DIR"
         )
     return PoolSpec(check_volume_name(name), Path(path).absolute())
+
+
+def with_devices(pools: Sequence[PoolSpec], devices: Sequence[DeviceSpec]) -> list[PoolSpec]:
+    """The pools, and behind them a pool for each further directory that holds journals, called as the directory is."""
+    check_distinct_devices(devices)
+    specs = list(pools)
+    for device in devices:
+        for index, spec in enumerate(specs):
+            if _same(spec.path, device.journal):
+                specs[index] = replace(spec, devices=(*spec.devices, device))
+                break
+        else:
+            name = _free_name(device.journal, specs)
+            specs.append(PoolSpec(name, device.journal, devices=(device,), only_devices=True))
+    return specs
+
+
+def _free_name(path: Path, specs: Sequence[PoolSpec]) -> str:
+    wanted = path.name if is_volume_name(path.name) else "journal"
+    taken = {spec.name for spec in specs}
+    names = itertools.chain([wanted], (f"{wanted[:120]}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def check_distinct(specs: Sequence[PoolSpec]) -> None:
@@ -107,7 +135,16 @@ class Pools:
         opened: list[Pool] = []
         try:
             for spec in specs:
-                opened.append(await Pool.open(spec.name, spec.path, lease, spec.floor, spec.limits))
+                made = Pool.open(
+                    spec.name,
+                    spec.path,
+                    lease,
+                    spec.floor,
+                    spec.limits,
+                    devices=spec.devices,
+                    only_devices=spec.only_devices,
+                )
+                opened.append(await made)
             return cls(opened)
         except BaseException:
             for pool in opened:
@@ -130,9 +167,10 @@ class Pools:
         """The pool a replica is in."""
         return self._home(replica.name)
 
-    async def get_or_create(self, name: str, region_size: int, pool: str = "") -> Replica:
-        """The replica with this name, made if need be in the pool called `pool` (empty: the first). Raises NOT_FOUND
-        where there is no such pool, and INVALID_ARGUMENT where the replica is in another one."""
+    async def get_or_create(self, name: str, region_size: int, pool: str = "", size: int = 0) -> Replica:
+        """The replica with this name, made if need be for a source of `size` bytes, and in the pool called `pool`
+        (empty: the first). Raises NOT_FOUND where there is no such pool, and INVALID_ARGUMENT where the replica is in
+        another one."""
         wanted = self._named(pool) if pool else None
         home = self._home(name, wanted)
         if wanted not in (None, home):
@@ -145,7 +183,7 @@ class Pools:
                 expected=home.name,
                 found=pool,
             )
-        return await home.get_or_create(name, region_size)
+        return await home.get_or_create(name, region_size, size)
 
     async def delete(self, replica: Replica) -> None:
         """Remove a replica and all its recovery points. Raises IN_USE or WRONG_STATE."""

@@ -140,6 +140,7 @@ class Replica:
             self._refuse_if_held(request.resume_session_id)
             self._refuse_other_geometry(request)
             await self._room.check_start()
+            await self._check_base(request.size)
             state = transition(self.name, self.state, Event.OPEN)
             try:
                 await self.end_session()
@@ -154,6 +155,16 @@ class Replica:
             self.state = state
             opened.append(self.session)
             return self.session
+
+    async def _check_base(self, size: int) -> None:
+        if self.state is State.PROMOTED:
+            # It is in somebody else's hands.
+            return
+        try:
+            await self.store.content.check(size)
+        except BlockferryError as error:
+            error.volume = self.name
+            raise
 
     async def _begin(self, request: pb.OpenSessionRequest) -> Session:
         record = SessionRecord(self.store.session.epoch + 1, uuid.uuid4().hex, request.size, request.client[:256])
@@ -507,9 +518,24 @@ class Replica:
 
     def complete_soon(self) -> None:
         """Begin to, and let nobody wait for it."""
-        if self.path is None and self.store.generations.newest is not None:
+        if self.store.content.incomplete:
             self._unfinished.add(task := asyncio.create_task(self._complete_alone(), name=f"complete-{self.name}"))
             task.add_done_callback(self._unfinished.discard)
+
+    def settle_soon(self) -> None:
+        """Take hold of what the replica is on, and finish what the last process has left; nobody waits for it."""
+        if self.store.content.in_place:
+            self._unfinished.add(task := asyncio.create_task(self._settle_alone(), name=f"complete-{self.name}"))
+            task.add_done_callback(self._unfinished.discard)
+        else:
+            self.complete_soon()
+
+    async def _settle_alone(self) -> None:
+        trouble = await self.store.content.trouble()
+        if trouble:
+            log.error("out of service until its device can be used", volume=self.name, error=trouble)
+        elif self.store.content.incomplete:
+            await self._complete_alone()
 
     async def _complete_alone(self) -> None:
         try:
@@ -530,6 +556,7 @@ class Replica:
             await self.end_session()
             await self.stop_completing()
             crash_point("shutdown-sessions-ended")
+            await self.store.content.release()
             await in_thread(self.store.close)
 
     async def retire_for_good(self) -> None:
@@ -557,6 +584,7 @@ class Replica:
             self.gone = True
             await self.end_session()
             async with self._completing:
+                await self.store.content.release()
                 await in_thread(self.store.abandon)
 
     @property

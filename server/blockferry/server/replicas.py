@@ -41,6 +41,9 @@ RESTORED_POOL = (
 )
 
 
+OUT_OF_SERVICE = "it is out of service until its device can be used: {}"
+
+
 class ReplicasService:
     """Serves `blockferry.v1.Replicas` over all pools."""
 
@@ -79,7 +82,7 @@ class ReplicasService:
                 committed_at_us=point.committed_at_us,
                 size=point.size,
                 bytes_held=held,
-                path=str(content.path(point) or ""),
+                path=content.location(point),
                 kept_by=kept[point.number],
                 problem=problem,
             )
@@ -181,7 +184,7 @@ def _promotion(replica: Replica, promotion: Promotion) -> pb.Promotion:
         generation=promotion.number,
         commit_id=promotion.commit_id,
         promoted_at_us=promotion.at_us,
-        path=str(replica.store.content.promoted),
+        path=replica.store.content.handed_out,
     )
 
 
@@ -199,16 +202,22 @@ async def _describe(replica: Replica, pool: Pool) -> pb.Replica:
         commit_id=newest.commit_id if newest else b"",
         committed_at_us=newest.committed_at_us if newest else 0,
         bytes_held=await in_thread(bytes_held, store.directory),
-        path=str(replica.path or ""),
+        path=store.content.location(newest) if newest is not None else "",
         session_client=session.client if session else "",
         pool=replica.pool,
         kind=store.content.kind,
         scrub=_scrub_to_wire(scrub) if scrub is not None else None,
-        notice=RESTORED_REPLICA.format(_date(pool.restored_at_us)) if pool.is_behind(replica) else "",
+        notice="; ".join(await _notices(replica, pool)),
     )
     if promoted is not None:
         described.promotion.CopyFrom(_promotion(replica, promoted))
     return described
+
+
+async def _notices(replica: Replica, pool: Pool) -> list[str]:
+    found = [RESTORED_REPLICA.format(_date(pool.restored_at_us))] if pool.is_behind(replica) else []
+    trouble = await replica.store.content.trouble()
+    return [*found, OUT_OF_SERVICE.format(trouble)] if trouble else found
 
 
 def _scrub_to_wire(scrub: ScrubRecord) -> pb.Scrub:
@@ -229,6 +238,7 @@ async def _describe_pool(pool: Pool) -> pb.Pool:
         path=str(pool.path),
         kind="clones" if pool.clones else "journal",
         quota=pool.room.limits.quota,
+        devices=sorted(pool.devices),
         replicas=len(replicas),
         notice=RESTORED_POOL.format(_date(pool.restored_at_us), behind, len(replicas)) if behind else "",
     )

@@ -55,7 +55,7 @@ class ReplicationService:
             raise _invalid(f"a volume of {request.size} bytes is not possible", "files end at 2^63 - 1 bytes")
         client = identity_of(context)
         with self._limits.opening(client, request.volume, self._pools.held_sessions()) as opened:
-            replica = await self._pools.get_or_create(request.volume, request.region_size, request.pool)
+            replica = await self._pools.get_or_create(request.volume, request.region_size, request.pool, request.size)
             session = await replica.open_session(request)
             opened(session.session_id)
         newest = replica.store.generations.newest

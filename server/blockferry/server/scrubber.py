@@ -59,7 +59,9 @@ class Scrubber:
                 await self._scrub(replica)
 
     async def _is_due(self, replica: Replica) -> bool:
-        if replica.store.generations.newest is None:
+        generations = replica.store.generations
+        handed_out = replica.store.content.in_place and generations.promoted is not None
+        if generations.newest is None or handed_out:
             return False
         last, now = await in_thread(last_scrub, replica.store), now_us()
         if last is not None and last.at_us > now:

@@ -1,12 +1,13 @@
 """What one replica is on disk, whatever kind its content has.
 
-    NAME/replica.json         identity: UUID, region size, digest key. Written once.
+    NAME/replica.json         identity: UUID, region size, digest key, whether it is on a device. Written once.
     NAME/commits.log          the truth (generations.py). One fsynced record is the commit.
     NAME/session.json         the epoch of the last session.
     NAME/COMMIT-ID.digests    the digests of a committed generation (cache.py).
     NAME/progress.json        regions of the work that are durable, for a session of the same immutable snapshot.
     NAME/clean.json           left by a clean shutdown: which images nobody has touched since.
     NAME/promoted.img         what a promotion has handed out.
+    NAME/device.json          which device it is on (external.py).
     NAME/...                  the bytes of generations and of a session's work (clones.py, journal.py).
 
 What is blocking says so; the rest may be awaited by one caller at a time.
@@ -32,13 +33,16 @@ from blockferry.server import cache
 from blockferry.server.cache import DigestCache, Stamp
 from blockferry.server.clones import CloneContent
 from blockferry.server.content import Content, forget_pages_of
-from blockferry.server.generations import Generations, Point, corrupt
+from blockferry.server.external import ExternalBase
+from blockferry.server.generations import Generations, Point, Promotion, corrupt
 from blockferry.server.journal import JournalContent
 from pyroaring import BitMap
 
-FORMAT = 2
+FORMAT = 3
 """Version of everything in a replica's directory. A newer server reads older ones; an older server refuses newer ones
 and changes nothing."""
+FORMAT_OF_FILES = 2
+"""What is written where there is no device: older servers understand all of it."""
 
 _IDENTITY = "replica.json"
 _LOG = "commits.log"
@@ -53,7 +57,7 @@ DELETED_PREFIX = ".deleted-"
 _UUID_SIZE = 16
 
 
-class Identity(msgspec.Struct, frozen=True):
+class Identity(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a replica is for ever. `uuid` and `digest_key` are hexadecimal."""
 
     format: int
@@ -61,6 +65,8 @@ class Identity(msgspec.Struct, frozen=True):
     region_size: int
     digest_key: str
     created_at_us: int
+    device: bool = False
+    """Its newest generation is on a device or an export, not in this directory."""
 
     def __post_init__(self) -> None:
         # Whoever reads it back takes this for damage (ValueError): better at the start than at the first use.
@@ -105,25 +111,28 @@ class _CleanStamp(msgspec.Struct, frozen=True):
 class Store:
     """One replica's directory. Opening it recovers from whatever the last process left. Blocking."""
 
-    def __init__(self, directory: Path, *, clones: bool, journal_limit: int = 0) -> None:
+    def __init__(
+        self, directory: Path, *, clones: bool, journal_limit: int = 0, base: ExternalBase | None = None
+    ) -> None:
         self.directory = directory
         self.identity = self._read_identity()
+        self._refuse_other_base(base)
         self.generations = Generations(directory / _LOG)
         try:
             self.session = self._read_session()
-            if self.identity.format < FORMAT:
+            if self.identity.format < FORMAT_OF_FILES:
                 # Before anything is written that an older server would take for damage.
-                self.identity = msgspec.structs.replace(self.identity, format=FORMAT)
+                self.identity = msgspec.structs.replace(self.identity, format=FORMAT_OF_FILES)
                 write_atomic(directory / _IDENTITY, msgspec.json.encode(self.identity))
             if self.session.epoch == 0:
                 # Its name may be in memory only, whoever gave it: durable before anybody has a session.
                 disk.fsync_directory(directory.parent)
             self._stamps = self._take_clean_stamps()
             self.content: Content
-            if clones and not JournalContent.is_in(directory):
+            if base is None and clones and not JournalContent.is_in(directory):
                 self.content = CloneContent(directory, self.generations)
             else:
-                self.content = JournalContent(directory, self.generations, limit=journal_limit)
+                self.content = JournalContent(directory, self.generations, limit=journal_limit, base=base)
             self.content.recover()
             self._remove_strays()
         except BaseException:
@@ -131,14 +140,27 @@ class Store:
             raise
 
     @classmethod
-    def create(cls, directory: Path, region_size: int, *, clones: bool, journal_limit: int = 0) -> Store:
+    def create(
+        cls,
+        directory: Path,
+        region_size: int,
+        *,
+        clones: bool,
+        journal_limit: int = 0,
+        base: ExternalBase | None = None,
+    ) -> Store:
         """Make a new, empty replica. It appears under its name whole or not at all."""
         new = directory.with_name(f"{NEW_PREFIX}{uuid.uuid4().hex}")
         disk.make_directory(new)
         try:
             Log(new / _LOG).close()
             identity = Identity(
-                FORMAT, uuid.uuid4().hex, region_size, secrets.token_hex(KEY_SIZE), time.time_ns() // 1000
+                FORMAT_OF_FILES if base is None else FORMAT,
+                uuid.uuid4().hex,
+                region_size,
+                secrets.token_hex(KEY_SIZE),
+                time.time_ns() // 1000,
+                device=base is not None,
             )
             write_atomic(new / _IDENTITY, msgspec.json.encode(identity))
             disk.crash_point("create-before-rename")
@@ -147,7 +169,24 @@ class Store:
             shutil.rmtree(new, ignore_errors=True)
             raise
         disk.crash_point("create-renamed")
-        return cls(directory, clones=clones, journal_limit=journal_limit)
+        return cls(directory, clones=clones, journal_limit=journal_limit, base=base)
+
+    def _refuse_other_base(self, base: ExternalBase | None) -> None:
+        """Without its device a replica would be taken for one that has lost its image, and the other way round."""
+        if self.identity.device == (base is not None):
+            return
+        name = self.directory.name
+        raise BlockferryError(
+            Code.WRONG_STATE,
+            f"{name} is not what the server was told",
+            cause=f"{self.directory} is the journal of a device, and no device is called {name}"
+            if base is None
+            else f"{self.directory} holds the generations of {name} itself, and {base.location} is called so, too",
+            next=f"start the server with --device {name}=…,journal={self.directory.parent}"
+            if base is None
+            else "give the device another name or another directory; nothing was changed",
+            volume=name,
+        )
 
     def close(self) -> None:
         """A clean end: note which images are as this process left them. Blocking."""
@@ -250,9 +289,8 @@ class Store:
         """What the image holds now without reading it, or None if anything may have touched it since its commit.
         Blocking."""
         stamp = self._stamps.get(point.commit_id)
-        path = self.content.path(point)
         try:
-            if stamp is None or path is None or stamp != Stamp.of(path):
+            if stamp is None or stamp != self.content.stamp(point):
                 return None
         except OSError:
             return None
@@ -283,7 +321,9 @@ class Store:
             await in_thread(remove_durably, self.directory / _PROGRESS)
             disk.crash_point("open-progress-removed")
         work, continued = await self.content.begin(size)
-        if not continued:
+        if not continued and progress is not None:
+            # Nor may a later session believe it.
+            await in_thread(remove_durably, self.directory / _PROGRESS)
             progress = None
         if digests is not None and newest is not None and newest.size != size:
             digests.forget(newest.size // self.identity.region_size)
@@ -337,14 +377,39 @@ class Store:
     async def complete(self) -> None:
         """Finish what a commit has put off: afterwards the newest generation is one complete image."""
         newest = self.generations.newest
-        if newest is not None and self.content.path(newest) is None:
+        if newest is not None and self.content.incomplete:
             await self.content.complete()
             await self._stamp(newest)
 
     async def _stamp(self, point: Point) -> None:
-        path = self.content.path(point)
-        if path is not None:
-            self._stamps[point.commit_id] = await in_thread(Stamp.of, path)
+        stamp = None if self.content.incomplete else await in_thread(self.content.stamp, point)
+        if stamp is not None:
+            self._stamps[point.commit_id] = stamp
+
+    async def rewind(self, point: Point) -> None:
+        """Make an older generation the newest one again, and give up those that are newer; `complete` is due
+        afterwards."""
+        newer = [one for one in self.generations.points if one.number > point.number]
+        for one in newer[:-1]:
+            # What leads to the older one is then in one piece.
+            await self.drop(one)
+        await self.content.rewind(point, lambda: self.generations.rewind(point))
+        await in_thread(disk.unlink, self._digests(newer[-1]))
+
+    async def give_away(self, promotion: Promotion) -> None:
+        """Hand out what the newest generation is on, and give up all others."""
+        await self.content.give_away(lambda: self.generations.promote(promotion))
+        self._stamps = {}
+        await in_thread(self._remove_strays)
+
+    async def take_back_in_place(self, commit_id: bytes) -> Point:
+        """Take back what was handed out: as it is, it is the newest generation."""
+        newest = self.generations.newest
+        assert newest is not None
+        point = self.generations.next(commit_id, newest.size)
+        await self.content.take_back_in_place(point, lambda: self.generations.commit(point, demotes=True))
+        await in_thread(self._remove_strays)
+        return point
 
     async def drop(self, point: Point) -> None:
         """Give up an older generation."""

@@ -68,10 +68,16 @@ async def _promote(arguments: argparse.Namespace, console: Console) -> int:
         replica = await _shown(connection)
         address = connection.address
         client = replica.session_client
+        in_place = replica.kind == "device"
         _confirm(
             arguments,
             address.volume,
             "it will be handed out and takes no more syncs until it is demoted"
+            + (
+                f"; {replica.path or 'its device'} itself is, and all other recovery points are lost"
+                if in_place
+                else ""
+            )
             + (f"; the sync of {client} is ended" if client else ""),
         )
         request = pb.PromoteReplicaRequest(
@@ -85,12 +91,14 @@ async def _promote(arguments: argparse.Namespace, console: Console) -> int:
                 promotion = part.promotion
             progress.finish()
     report = {"schema": SCHEMA, "volume": address.volume, **promotion_fields(promotion)}
+    fate = "in place of all recovery points" if in_place else "and the recovery point stays whole"
+    back = "--keep-changes" if in_place else "--keep-changes or --discard"
     console.result(
         report,
         [
-            f"{address.volume}: generation {promotion.generation} is handed out, and the recovery point stays whole",
+            f"{address.volume}: generation {promotion.generation} is handed out, {fate}",
             f"  on the server  {promotion.path}",
-            "  to go back     blockferry replica demote, with --keep-changes or --discard, once nothing uses it",
+            f"  to go back     blockferry replica demote, with {back}, once nothing uses it",
         ],
     )
     return 0
@@ -123,7 +131,8 @@ async def _delete(arguments: argparse.Namespace, console: Console) -> int:
         _confirm(
             arguments,
             volume,
-            f"it will be deleted with all its recovery points ({human_bytes(replica.bytes_held)}{generations})",
+            f"it will be deleted with all its recovery points ({human_bytes(replica.bytes_held)}{generations})"
+            + ("; what is on its device stays there" if replica.kind == "device" else ""),
         )
         request = pb.DeleteReplicaRequest(volume=volume, confirm=volume)
         await connection.call("Replicas/DeleteReplica", request, pb.DeleteReplicaResponse)

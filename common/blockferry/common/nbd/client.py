@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import ssl
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
 from blockferry.common.digests import Data
 from blockferry.common.errors import BlockferryError, Code, from_os_error
-from blockferry.common.nbd.connection import Connection, Pending
+from blockferry.common.nbd.connection import Connection, Failure, Pending
 from blockferry.common.nbd.negotiate import Export, negotiate
 from blockferry.common.nbd.protocol import MAX_STATUS, Allocation, Command, CommandFlag, ProtocolError, TransmissionFlag
 from blockferry.common.nbd.uri import NbdUri
@@ -41,6 +42,7 @@ class NbdClient:
         self.export = export
         self._connections = [first]
         self._joining: list[asyncio.Task[None]] = []
+        self._loop = asyncio.get_running_loop()
 
     @classmethod
     async def connect(
@@ -92,6 +94,23 @@ class NbdClient:
             task.cancel()
         await asyncio.gather(*self._joining, return_exceptions=True)
         await asyncio.gather(*(connection.close() for connection in self._connections))
+
+    @property
+    def is_lost(self) -> bool:
+        """A connection has failed, and so does every request from here on."""
+        return any(connection.failure is not None for connection in self._connections)
+
+    def let_go(self) -> None:
+        """As `close`, at once and from any thread."""
+        # The loop is gone at the very end of a process, and its connections with it.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._abandon)
+
+    def _abandon(self) -> None:
+        for task in self._joining:
+            task.cancel()
+        for connection in self._connections:
+            connection.fail(Failure(Code.UNAVAILABLE, "it was let go of"))
 
     # --- requests ---------------------------------------------------------------------------------------------------
 

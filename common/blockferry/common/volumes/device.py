@@ -107,6 +107,18 @@ class DeviceVolume(DescriptorVolume):
     def size_now(self) -> int:
         return blockdev.size(self._fd)
 
+    def is_current(self) -> bool:
+        """Whether the path still means the device that is open, and it has something attached."""
+        try:
+            return os.stat(self.path).st_rdev == self._node.number and blockdev.size(self._fd) > 0
+        except OSError:
+            return False
+
+    def drop_cache(self) -> None:
+        """What is read from here on comes from the device. Raises BlockferryError."""
+        with self._failing("cannot drop what is cached", 0, self.size):
+            blockdev.drop_cache(self._fd)
+
     # --- allocation ---------------------------------------------------------------------------------------------------
 
     async def allocation(self, region_size: int) -> AllocationMap:

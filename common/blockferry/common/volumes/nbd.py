@@ -173,6 +173,16 @@ class NbdVolume(Volume):
     async def close(self) -> None:
         await self._client.close()
 
+    @property
+    def is_lost(self) -> bool:
+        """A connection has failed: nothing will work any more, and whether what was not flushed got there is unknown.
+        Open the export anew."""
+        return self._client.is_lost
+
+    def let_go(self) -> None:
+        """As `close`, at once and from any thread: the connections break, as if the process had died."""
+        self._client.let_go()
+
     def _require_writable(self, what: str) -> None:
         if not self._writable:
             raise BlockferryError(
