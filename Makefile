@@ -58,9 +58,15 @@ bench: $(READY) ## measure, compare with the bounds, write bench/results/
 	@$(BIN)/python -m bench
 
 .PHONY: soak
-soak: $(READY) ## thousands of kills at random instants (hours; KILLS=200 for fewer)
+soak: $(READY) ## thousands of kills at random instants, and a hundred thousand random messages (hours; KILLS=200 for fewer)
 	@deploy/packages tests
+	@BLOCKFERRY_FUZZ_EXAMPLES=$(or $(MESSAGES),100000) $(BIN)/python -m pytest --timeout 0 tests/fault/test_fuzz.py
 	@BLOCKFERRY_SOAK_KILLS=$(or $(KILLS),2000) $(BIN)/python -m pytest --timeout 0 tests/soak
+
+.PHONY: system
+system: $(READY) ## two hosts in network namespaces of their own (root)
+	@deploy/packages tests iproute2
+	@$(BIN)/python -m pytest tests/system
 
 .PHONY: lock
 lock: $(READY) ## pin and hash the newest development requirements that pyproject.toml allows

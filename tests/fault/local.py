@@ -14,6 +14,7 @@ from blockferry.common import disk, rpc
 from blockferry.common.flow import ByteBudget
 from blockferry.common.retention import Retention
 from blockferry.server import pool as pool_module
+from blockferry.server.access import Access
 from blockferry.server.pool import Pool
 from blockferry.server.pools import Pools
 from blockferry.server.replica import Replica
@@ -24,8 +25,18 @@ from blockferry.v1 import replication_pb2 as pb
 
 from tests.fault.raw import REGION, change_message, wire_runs, write_request
 
-NO_CONTEXT: Any = None
-"""The services do not look at their gRPC context."""
+
+class _Nobody:
+    """All that the services ask of a gRPC context: who calls."""
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {}
+
+    def peer(self) -> str:
+        return "unix:"
+
+
+NO_CONTEXT: Any = _Nobody()
 
 
 class Clock:
@@ -45,8 +56,9 @@ class Local:
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         pools = Pools([pool])
-        self.replication = ReplicationService(pools, 64 * 1024 * 1024)
-        self.replicas = ReplicasService(pools)
+        self.access = Access(pools)
+        self.replication = ReplicationService(pools, 64 * 1024 * 1024, self.access)
+        self.replicas = ReplicasService(pools, self.access)
 
     @classmethod
     async def start(
@@ -171,7 +183,7 @@ async def served(local: Local) -> AsyncIterator[str]:
     """Serve it over gRPC from this process; gives the address."""
     server = rpc.make_server()
     service = pb.DESCRIPTOR.services_by_name["Replication"]
-    rpc.add_service(server, service, local.replication, raw=local.replication.RAW_METHODS)
+    rpc.add_service(server, service, local.replication, local.access, raw=local.replication.RAW_METHODS)
     address = rpc.bind(server, "grpc://127.0.0.1:0", insecure=False)
     await server.start()
     try:

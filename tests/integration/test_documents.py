@@ -79,7 +79,7 @@ def test_commands_in_the_text_are_commands() -> None:
     for words in complete:
         build_parser().parse_args(words[1:])
     known = re.findall(r"^    ([a-z]+) ", build_parser().format_help(), re.MULTILINE)
-    assert {"plan", "sync", "verify", "volume", "replica", "pool"} == set(known)
+    assert {"plan", "sync", "verify", "volume", "replica", "pool", "pki"} == set(known)
     assert {span.split()[1] for span in spans} <= set(known)
 
 
@@ -101,7 +101,7 @@ def run_help(program: str, *arguments: str) -> str:
 
 def test_every_flag_of_sync_is_in_the_readme() -> None:
     flags = set(re.findall(r"--[a-z][a-z-]*", run_help("blockferry", "sync"))) - {"--help"}
-    assert len(flags) == 10
+    assert len(flags) == 13
     assert {flag for flag in flags if flag not in README} == set()
 
 

@@ -15,6 +15,9 @@ from blockferry.common.retention import DEFAULT, Retention
 DEFAULT_LISTEN = "grpc://127.0.0.1:9870"
 MIB = 1024 * 1024
 
+TLS_ENVIRONMENT = "BLOCKFERRY_TLS_"
+"""Before CERT, KEY and CA: files for commands that are given none."""
+
 
 class Tls(msgspec.Struct, frozen=True):
     """Mutual TLS: this side's certificate and key, and the authority (and its revocations) the other side must have."""

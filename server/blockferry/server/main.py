@@ -6,12 +6,18 @@ import argparse
 import asyncio
 import signal
 import sys
+from pathlib import Path
 
 import uvloop
 from blockferry.common import linux, retention, rpc, telemetry
 from blockferry.common.arguments import argument
+from blockferry.common.credentials import Credentials
 from blockferry.common.errors import BlockferryError
+from blockferry.common.tls import complete
 from blockferry.common.units import parse_duration, parse_size
+from blockferry.common.volumes import in_thread
+from blockferry.server import handshakes
+from blockferry.server.access import Access
 from blockferry.server.pools import Pools, parse_pool
 from blockferry.server.replicas import ReplicasService
 from blockferry.server.replication import ReplicationService
@@ -89,6 +95,15 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         metavar="DURATION",
         help="re-read the newest generation of each replica this often, such as 7d or 12h (default 0: never)",
     )
+    for name, what in (
+        ("cert", "certificate of this server, PEM, with intermediate ones behind it"),
+        ("key", "its private key"),
+        ("ca", "the authorities that have issued what clients show"),
+        ("crl", "their revocation lists"),
+    ):
+        parser.add_argument(
+            f"--tls-{name}", type=Path, metavar="FILE", help=f"{what}; for grpcs:// and read again when it changes"
+        )
     parser.add_argument("--insecure", action="store_true", help="allow plaintext on addresses other machines can reach")
     return parser.parse_args(argv)
 
@@ -111,25 +126,35 @@ async def serve(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
+    files = complete(arguments.tls_cert, arguments.tls_key, arguments.tls_ca, arguments.tls_crl)
+    credentials = await in_thread(Credentials, files) if files is not None else None
     limits = Limits(arguments.reserve, arguments.quota, arguments.journal_limit)
     pools = await Pools.open(arguments.pool, arguments.lease, arguments.keep_at_least, limits)
     tasks: list[asyncio.Task[None]] = []
     try:
         server = rpc.make_server()
+        access = Access(pools, (), credentials)
         services = {
-            replication_pb2.DESCRIPTOR.services_by_name["Replication"]: ReplicationService(pools, BYTES_IN_FLIGHT),
-            replicas_pb2.DESCRIPTOR.services_by_name["Replicas"]: ReplicasService(pools),
+            replication_pb2.DESCRIPTOR.services_by_name["Replication"]: ReplicationService(
+                pools, BYTES_IN_FLIGHT, access
+            ),
+            replicas_pb2.DESCRIPTOR.services_by_name["Replicas"]: ReplicasService(pools, access),
         }
         for descriptor, servicer in services.items():
-            rpc.add_service(server, descriptor, servicer, raw=getattr(servicer, "RAW_METHODS", ()))
+            rpc.add_service(server, descriptor, servicer, access, raw=getattr(servicer, "RAW_METHODS", ()))
         await _add_health_and_reflection(server, [descriptor.full_name for descriptor in services])
 
-        addresses = [rpc.bind(server, uri, insecure=arguments.insecure) for uri in arguments.listen or [DEFAULT_LISTEN]]
+        addresses = [
+            rpc.bind(server, uri, insecure=arguments.insecure, credentials=credentials)
+            for uri in arguments.listen or [DEFAULT_LISTEN]
+        ]
         await server.start()
         for address in addresses:
             print(f"listening on {address}", flush=True)
         if arguments.scrub_every:
             tasks.append(asyncio.create_task(Scrubber(pools, arguments.scrub_every).run(), name="scrubber"))
+        if credentials is not None:
+            tasks.append(asyncio.create_task(credentials.watch(), name="certificates"))
         await stop.wait()
         await server.stop(SHUTDOWN_SECONDS)
     finally:
@@ -151,6 +176,7 @@ def main() -> int:
     """Entry point of the console script."""
     linux.occupy_standard_descriptors()
     arguments = _arguments(sys.argv[1:])
+    handshakes.watch()
     telemetry.configure_logging()
     linux.keep_freed_memory()
     try:

@@ -175,6 +175,14 @@ class Pools:
         found = (pool.find_session(session_id) for pool in self._pools)
         return next((replica for replica in found if replica is not None), None)
 
+    def owner_of(self, session_id: str) -> tuple[str, str | None] | None:
+        """Volume and owner of a session; no owner where it is over, None where it is unknown."""
+        replica = self.find_session(session_id)
+        if replica is not None and replica.session is not None:
+            return replica.name, replica.session.owner
+        last = (one for one in self.list() if session_id and one.store.session.session_id == session_id)
+        return next(((one.name, None) for one in last), None)
+
     async def close(self) -> None:
         """End all sessions and unlock the directories."""
         await asyncio.gather(*(pool.close() for pool in self._pools))

@@ -20,6 +20,7 @@ from blockferry.common.wire import (
     runs_from_wire,
     runs_to_wire,
 )
+from blockferry.server.access import Access
 from blockferry.server.changes import ChangeReceiver
 from blockferry.server.generations import Point
 from blockferry.server.pools import Pools
@@ -39,11 +40,12 @@ class ReplicationService:
 
     RAW_METHODS = ("ApplyChanges",)
 
-    def __init__(self, pools: Pools, bytes_in_flight: int) -> None:
+    def __init__(self, pools: Pools, bytes_in_flight: int, access: Access) -> None:
         self._pools = pools
+        self._access = access
         self._budget = ByteBudget(bytes_in_flight)
 
-    async def OpenSession(self, request: pb.OpenSessionRequest, _: Context) -> pb.OpenSessionResponse:
+    async def OpenSession(self, request: pb.OpenSessionRequest, context: Context) -> pb.OpenSessionResponse:
         if request.protocol_version < 1:
             raise _invalid("the protocol version is missing", f"this server speaks {PROTOCOL_VERSION}")
         check_volume_name(request.volume)
@@ -53,7 +55,7 @@ class ReplicationService:
         if request.size > (1 << 63) - 1:
             raise _invalid(f"a volume of {request.size} bytes is not possible", "files end at 2^63 - 1 bytes")
         replica = await self._pools.get_or_create(request.volume, request.region_size, request.pool)
-        session = await replica.open_session(request)
+        session = await replica.open_session(request, self._access.owner(context))
         newest = replica.store.generations.newest
         return pb.OpenSessionResponse(
             protocol_version=min(PROTOCOL_VERSION, request.protocol_version),
