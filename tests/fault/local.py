@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from blockferry.common import disk, rpc
+from blockferry.common.config import LimitsConfig
 from blockferry.common.flow import ByteBudget
 from blockferry.common.retention import Retention
 from blockferry.server import pool as pool_module
 from blockferry.server.access import Access
+from blockferry.server.limits import Limits
 from blockferry.server.pool import Pool
 from blockferry.server.pools import Pools
 from blockferry.server.replica import Replica
@@ -57,7 +60,8 @@ class Local:
         self.pool = pool
         pools = Pools([pool])
         self.access = Access(pools)
-        self.replication = ReplicationService(pools, 64 * 1024 * 1024, self.access)
+        self.limits = Limits(LimitsConfig(bytes_in_flight=64 * 1024 * 1024), time.monotonic)
+        self.replication = ReplicationService(pools, self.limits, self.access)
         self.replicas = ReplicasService(pools, self.access)
 
     @classmethod
@@ -90,7 +94,7 @@ class Local:
     @property
     def budget(self) -> ByteBudget:
         """The bytes of changes that all streams together may have in flight."""
-        return self.replication._budget
+        return self.limits.budget
 
     def replica(self, volume: str) -> Replica:
         """What a client never sees."""

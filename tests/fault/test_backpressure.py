@@ -26,9 +26,12 @@ from blockferry.client.transfer import BYTES_IN_FLIGHT, MESSAGE_SIZE
 from blockferry.common import disk as disk_module
 from blockferry.common import rpc
 from blockferry.common.address import Address
+from blockferry.common.config import ClientLimits, LimitsConfig
 from blockferry.common.volumes import open_volume
 from blockferry.server import changes
-from blockferry.server.main import BYTES_IN_FLIGHT as SERVER_BYTES_IN_FLIGHT
+from blockferry.server.limits import Limits
+from blockferry.server.pools import Pools
+from blockferry.server.replication import ReplicationService
 from blockferry.v1 import replication_pb2 as pb
 
 from tests.conftest import ServerFactory
@@ -51,7 +54,7 @@ QUIET_SECONDS = 2.0
 
 
 def test_the_bounds_are_those_of_the_code() -> None:
-    assert (BYTES_IN_FLIGHT // 2, SERVER_BYTES_IN_FLIGHT) == (CLIENT_BOUND, SERVER_BOUND)
+    assert (BYTES_IN_FLIGHT // 2, ClientLimits().bytes_in_flight) == (CLIENT_BOUND, SERVER_BOUND)
 
 
 # --- a frozen file system ---------------------------------------------------------------------------------------------
@@ -389,3 +392,57 @@ def test_received_comes_before_durable(start_server: ServerFactory, volume: str)
         messages.put(None)
         rest = [(answer.received, answer.durable) for answer in received(answers)]
         assert rest[-1] == (3, 3) and (3, 2) not in rest and (3, 1) not in rest
+
+
+async def test_a_client_whose_disk_stands_still_leaves_the_others_their_share(
+    local: Local, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client fills what it may have in flight, however many streams it has; another one is not held up at all."""
+
+    class Caller:
+        def __init__(self, address: str) -> None:
+            self.address = address
+
+        def auth_context(self) -> dict[str, list[bytes]]:
+            return {}
+
+        def peer(self) -> str:
+            return f"ipv4:{self.address}:1234"
+
+    greedy, other = Caller("192.0.2.1"), Caller("192.0.2.2")
+    share, whole, region = 4 * MIB, 12 * MIB, MIB
+    limits = Limits(LimitsConfig(bytes_in_flight=whole, per_client=ClientLimits(bytes_in_flight=share)), time.monotonic)
+    local.limits, local.replication = limits, ReplicationService(Pools([local.pool]), limits, local.access)
+    names = ["greedy-1", "greedy-2", "greedy-3", "greedy-4", "other"]
+    count = 8
+    sessions = {name: (await local.open(name, count * region, region_size=region)).session for name in names}
+    slow = SlowWrites(monkeypatch, tuple(local.pool.path / name for name in names[:4]))
+    data = noise(1, region)
+    taken = dict.fromkeys(names, 0)
+
+    async def run(name: str, caller: Any) -> int:
+        async def requests() -> AsyncIterator[bytes]:
+            for number in range(count):
+                taken[name] += 1
+                session = None if number else sessions[name]
+                request = change_message(number + 1, [write_request(number * region, data)], session=session)
+                yield request.SerializeToString()
+
+        received = 0
+        async for answer in local.replication.ApplyChanges(requests(), caller):
+            received = answer.received
+        return received
+
+    tasks = [asyncio.create_task(run(name, greedy)) for name in names[:4]]
+    try:
+        # Three messages fit its share; each stream holds one more that waits to be let in.
+        await _until(lambda: sum(taken.values()) == 3 + 4, "the greedy client has all it may have")
+        assert share - 2 * region < local.budget.used <= share
+        assert await run("other", other) == count
+        assert (await local.commit("other", sessions["other"], os.urandom(16))).generation == 1
+        assert sum(taken[name] for name in names[:4]) == 3 + 4
+        assert local.budget.most <= 2 * share
+    finally:
+        slow.go()
+    assert await asyncio.gather(*tasks) == [count] * 4
+    assert local.budget.used == 0

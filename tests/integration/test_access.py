@@ -280,7 +280,7 @@ def test_what_people_are_told(site: Site, tmp_path: Path) -> None:
     source = tmp_path / "source.raw"
     source.write_bytes(bytes(MIB))
     refused(run_cli("sync", source, f"{address}/db-2", *site.flags(OPERATOR), "--quiet"), "OpenSession is denied")
-    assert ok("plan", source, f"{address}/db-2", *site.flags(OPERATOR))["regions"]["skip"] == 1
+    assert ok("plan", source, f"{address}/db-2", *site.flags(OPERATOR))["outcome"] == "planned"
     refused(run_cli("verify", source, f"{address}/db", *site.flags(VIEWER), "--quiet"))
     records = [json.loads(line) for line in site.server.log.read_text().splitlines()]
     denials = [one for one in records if one["event"] == "denied"]
@@ -313,4 +313,11 @@ def test_grants_and_plaintext_over_tcp_do_not_go_together(tmp_path: Path) -> Non
     server = Configured(tmp_path, 'listen = ["grpc://127.0.0.1:0"]\n' + GRANTS)
     done = subprocess.run(server.words, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
-    assert "grants" in done.stderr and "grpc://127.0.0.1:0" in done.stderr and "grpcs://" in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "listen[0]: with grants nobody could use it" in line and "grpcs://" in line
+    words = [str(PROGRAMS / "blockferry-server"), "--config", str(server.file), "--listen", "grpc://127.0.0.1:0"]
+    server.file.write_text(server.file.read_text().replace("grpc://127.0.0.1:0", f"grpc+unix://{tmp_path}/s"))
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "cannot listen on grpc://127.0.0.1:0: with grants nobody could use it" in line

@@ -13,13 +13,12 @@ import pytest
 from blockferry.client import replica, transfer
 from blockferry.client.cli.main import build_parser
 from blockferry.common import rpc
+from blockferry.common.config import ClientLimits, LimitsConfig
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import DEFAULT
 from blockferry.common.rpc import to_status
 from blockferry.server import changes, clones, content, identity, journal, pool, scrub, scrubber, space, store
-from blockferry.server import main as server_main
-from blockferry.server.main import _arguments as server_arguments
-from blockferry.server.pools import PoolSpec
+from blockferry.server.arguments import configuration
 from blockferry.v1 import replicas_pb2, replication_pb2
 
 from bench.peers import blockferry, script, serving
@@ -60,14 +59,15 @@ def test_commands_of_the_documents_are_commands() -> None:
     lines = {path.name: [line.split() for line in code_blocks(path)] for path in DOCUMENTS}
     clients = [words for found in lines.values() for words in found if words[:1] == ["blockferry"]]
     servers = [words for found in lines.values() for words in found if words[:1] == ["blockferry-server"]]
-    assert (len(clients), len(servers)) == (27, 3)
+    assert (len(clients), len(servers)) == (36, 6)
     for words in clients:
         build_parser().parse_args(words[1:])
-    named = {words[2]: server_arguments(words[1:]).pool for words in servers}
-    assert named == {
-        "/srv/replicas": [PoolSpec("main", Path("/srv/replicas"))],
-        "/srv/home": [PoolSpec("main", Path("/srv/home"))],
-        "fast=/srv/nvme": [PoolSpec("fast", Path("/srv/nvme")), PoolSpec("bulk", Path("/srv/disks"))],
+    assert [words[1:] for words in servers if "--config" in words] == [["--config", "/etc/blockferry/server.toml"]] * 2
+    named = {words[2]: configuration(words[1:]).pool for words in servers if "--config" not in words}
+    assert {words: [(name, str(pool.path)) for name, pool in pools.items()] for words, pools in named.items()} == {
+        "/srv/replicas": [("main", "/srv/replicas")],
+        "/srv/home": [("main", "/srv/home")],
+        "fast=/srv/nvme": [("fast", "/srv/nvme"), ("bulk", "/srv/disks")],
     }
 
 
@@ -79,7 +79,7 @@ def test_commands_in_the_text_are_commands() -> None:
     for words in complete:
         build_parser().parse_args(words[1:])
     known = re.findall(r"^    ([a-z]+) ", build_parser().format_help(), re.MULTILINE)
-    assert {"plan", "sync", "verify", "volume", "replica", "pool", "pki"} == set(known)
+    assert {"plan", "sync", "verify", "volume", "replica", "pool", "pki", "config"} == set(known)
     assert {span.split()[1] for span in spans} <= set(known)
 
 
@@ -166,10 +166,10 @@ def test_numbers_of_the_documents_are_those_of_the_code() -> None:
     assert f"batches of {transfer.BATCH_SIZE // mib} MiB" in text
     half = transfer.BYTES_IN_FLIGHT // 2 // mib
     assert f"at most {half} MiB of buffers for source data and {half} MiB of changes" in text
-    assert f"The server accepts {server_main.BYTES_IN_FLIGHT // mib} MiB for all streams" in text
+    assert f"The server accepts {ClientLimits().bytes_in_flight // mib} MiB for all streams of a client" in text
     assert f"one message and twice a window of {rpc.WINDOW // mib} MiB at the server" in text
     assert f"After {replica.STALL_SECONDS:.0f} s without an acknowledgement" in text
-    assert f"clock, {server_main.LEASE_SECONDS:.0f} s unless" in text
+    assert f"clock, {LimitsConfig().lease:.0f} s unless" in text
     assert f"for about {sum(replica.COMMIT_RETRY_SECONDS):.0f} seconds" in text
     noticed = 2 * rpc.KEEPALIVE_SECONDS, rpc.KEEPALIVE_SECONDS + rpc.PING_SECONDS
     assert "is given up after {} s, while data is under way after {} s".format(*noticed) in " ".join(PROTOCOL.split())

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 
 import pytest
-from blockferry.common.flow import BufferPool, ByteBudget, RateLimiter
+from blockferry.common.flow import BufferPool, ByteBudget, RateLimiter, Share
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -158,7 +158,7 @@ async def test_cancelling_a_waiter_just_granted_gives_its_bytes_back() -> None:
     assert crowd.budget.used == 0
 
 
-# --- buffers ----------------------------------------------------------------------------------------------------
+# --- buffers ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "limit", "most"), [(4096, 3 * 4096, 3), (4096, 4 * 4096 - 1, 3), (4096, 1, 1)])
@@ -199,7 +199,7 @@ async def test_a_cancelled_wait_for_a_buffer_loses_none() -> None:
         assert await pool.acquire() is held
 
 
-# --- bandwidth --------------------------------------------------------------------------------------------------
+# --- bandwidth --------------------------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -273,3 +273,70 @@ async def test_acquire_sleeps_for_the_delay(monkeypatch: pytest.MonkeyPatch) -> 
     limiter = RateLimiter(1000, Clock())
     await limiter.acquire(250)
     assert slept == pytest.approx([0.25])
+
+
+# --- shares -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_share_waits_for_itself_and_for_the_whole() -> None:
+    whole = ByteBudget(10)
+    one, other = Share(whole, 6), Share(whole, 60)
+    assert (one.limit, other.limit) == (6, 10)
+    await one.acquire(6)
+    mine, theirs = asyncio.create_task(one.acquire(1)), asyncio.create_task(other.acquire(5))
+    await asyncio.sleep(0)
+    assert not mine.done() and not theirs.done()
+    one.release(6)
+    await asyncio.gather(mine, theirs)
+    assert (whole.used, one.used, other.used) == (6, 1, 5)
+
+
+async def test_whoever_gives_up_waiting_gives_its_share_back() -> None:
+    whole = ByteBudget(10)
+    one, other = Share(whole, 8), Share(whole, 8)
+    await other.acquire(8)
+    for waiting in (
+        asyncio.create_task(one.acquire(8)),
+        asyncio.create_task(one.acquire(2)),
+        asyncio.create_task(one.acquire(8)),
+    ):
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+    assert one.used == 2 and whole.used == 10
+    one.release(2)
+    other.release(8)
+    assert (whole.used, one.used, other.used) == (0, 0, 0)
+    await one.acquire(8)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 12), st.booleans()), max_size=40))
+async def test_no_order_of_events_breaks_shares(history: list[tuple[int, int, bool]]) -> None:
+    whole = ByteBudget(20)
+    shares = [Share(whole, limit) for limit in (8, 12, 20)]
+    tasks: list[tuple[int, int, asyncio.Task[None]]] = []
+    for number, amount, give_up in history:
+        task = asyncio.create_task(shares[number].acquire(amount))
+        await asyncio.sleep(0)
+        if give_up and tasks:
+            owner, held, oldest = tasks.pop(0)
+            if oldest.done():
+                shares[owner].release(held)
+            else:
+                oldest.cancel()
+                await asyncio.gather(oldest, return_exceptions=True)
+        tasks.append((number, amount, task))
+        await asyncio.sleep(0)
+        for index, share in enumerate(shares):
+            granted = [one for owner, one, task in tasks if owner == index and task.done()]
+            assert sum(granted) <= share.limit or len(granted) == 1
+    while tasks:
+        await asyncio.sleep(0)
+        ready = [one for one in tasks if one[2].done()]
+        assert ready, "somebody waits though nobody holds anything"
+        for one in ready:
+            shares[one[0]].release(one[1])
+            tasks.remove(one)
+        for _ in range(5):
+            await asyncio.sleep(0)
+    assert whole.used == 0 and all(share.used == 0 for share in shares)

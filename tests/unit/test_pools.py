@@ -85,14 +85,14 @@ def test_pools_side_by_side(directories: Path) -> None:
 
 
 def _specs(directory: Path) -> list[PoolSpec]:
-    return [PoolSpec(name, directory / name) for name in ("a", "b")]
+    return [PoolSpec(name, directory / name, FLOOR) for name in ("a", "b")]
 
 
 @pytest_asyncio.fixture
 async def pools(directories: Path) -> AsyncIterator[Pools]:
     """Two empty pools, `a` and `b`."""
     (directories / "a/in").rmdir()
-    opened = await Pools.open(_specs(directories), 60.0, FLOOR)
+    opened = await Pools.open(_specs(directories), 60.0)
     yield opened
     await opened.close()
 
@@ -139,11 +139,11 @@ async def test_a_session_is_found_in_any_pool(pools: Pools) -> None:
 async def test_a_name_in_two_pools_is_refused_and_nothing_stays_locked(directories: Path) -> None:
     (directories / "a/in").rmdir()
     for name in ("a", "b"):
-        opened = await Pools.open([PoolSpec(name, directories / name)], 60.0, FLOOR)
+        opened = await Pools.open([PoolSpec(name, directories / name, FLOOR)], 60.0)
         await opened.get_or_create("v", 0)
         await opened.close()
     with pytest.raises(BlockferryError, match="two pools hold a replica called v") as caught:
-        await Pools.open(_specs(directories), 60.0, FLOOR)
+        await Pools.open(_specs(directories), 60.0)
     assert caught.value.code is Code.IN_USE and caught.value.next
     assert all(str(directories / name / "v") in caught.value.cause for name in ("a", "b"))
     for name in ("a", "b"):
@@ -156,7 +156,7 @@ async def test_a_replica_that_was_left_out_keeps_its_name(directories: Path) -> 
     (directories / "a/in").rmdir()
     (directories / "b/v").mkdir()
     (directories / "b/v/replica.json").write_bytes(b"rubbish")
-    opened = await Pools.open(_specs(directories), 60.0, FLOOR)
+    opened = await Pools.open(_specs(directories), 60.0)
     with pytest.raises(BlockferryError, match="v cannot be used"):
         await opened.get_or_create("v", 0)
     assert not (directories / "a/v").exists()
@@ -168,6 +168,6 @@ async def test_what_cannot_be_a_replica_may_lie_in_both(directories: Path) -> No
     for name in ("a", "b"):
         (directories / name / "lost+found").mkdir()
         (directories / name / ".trash").mkdir()
-    opened = await Pools.open(_specs(directories), 60.0, FLOOR)
+    opened = await Pools.open(_specs(directories), 60.0)
     assert opened.list() == []
     await opened.close()

@@ -97,7 +97,7 @@ def test_a_number_that_is_none_is_left_out(text: str) -> None:
         (grpc.StatusCode.UNAVAILABLE, "Socket closed", Code.UNAVAILABLE, f"lost the connection to {ADDRESS}"),
         (grpc.StatusCode.CANCELLED, "", Code.UNAVAILABLE, f"lost the connection to {ADDRESS}"),
         (grpc.StatusCode.UNIMPLEMENTED, "Method not found!", Code.PROTOCOL, f"{ADDRESS} does not know this call"),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, "too large", Code.INTERNAL, f"{ADDRESS} failed"),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "too large", Code.LIMITED, f"{ADDRESS} refuses a call"),
     ],
 )  # fmt: skip
 def test_what_a_bare_status_means(status: grpc.StatusCode, details: str, code: Code, what: str) -> None:

@@ -62,7 +62,7 @@ async def _commit(pools: Pools, name: str) -> Replica:
 
 
 async def _open(path: Path) -> Pools:
-    return await Pools.open([PoolSpec("main", path)], 60.0, Retention(last=1))
+    return await Pools.open([PoolSpec("main", path, Retention(last=1))], 60.0)
 
 
 @pytest_asyncio.fixture

@@ -128,7 +128,8 @@ class ReplicaSession:
             try:
                 response = await self._connection.call("Replication/CommitSessions", request, pb.CommitSessionsResponse)
             except BlockferryError as error:
-                if error.code is not Code.UNAVAILABLE:
+                # One that the server has no room for at the moment is not lost: a minute's work might be.
+                if error.code not in (Code.UNAVAILABLE, Code.LIMITED) or (error.code is Code.LIMITED and pause is None):
                     raise
                 if pause is None:
                     raise BlockferryError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import errno
 import os
+from typing import Any
 
 
 class Code(enum.StrEnum):
@@ -27,6 +28,7 @@ class Code(enum.StrEnum):
     STALE_EPOCH = "stale-epoch"
     WRONG_STATE = "wrong-state"
     OUT_OF_SPACE = "out-of-space"
+    LIMITED = "limited"
     READ_ONLY = "read-only"
     IO_ERROR = "io-error"
     SOURCE_CHANGED = "source-changed"
@@ -81,10 +83,14 @@ class BlockferryError(Exception):
             text += f"; {self.next}"
         return " ".join(text.split())
 
+    def lines(self) -> list[str]:
+        """What people are shown: one line, or one for each of several things that are wrong."""
+        return [self.line()]
+
     def __str__(self) -> str:
         return self.line()
 
-    def fields(self) -> dict[str, str | int | None]:
+    def fields(self) -> dict[str, Any]:
         """The `error` object of `--json` output."""
         return {
             "code": self.code.value,

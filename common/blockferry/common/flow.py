@@ -60,6 +60,38 @@ class ByteBudget:
         self.most = max(self.most, self.used)
 
 
+class Share:
+    """A part of a budget: at most `limit` of its bytes, for whoever must leave some to others."""
+
+    def __init__(self, whole: ByteBudget, limit: int) -> None:
+        self._whole = whole
+        self._own = ByteBudget(min(limit, whole.limit))
+
+    @property
+    def limit(self) -> int:
+        """Bytes that may be in flight at most."""
+        return self._own.limit
+
+    @property
+    def used(self) -> int:
+        """Bytes in flight, or waiting for those of others to leave."""
+        return self._own.used
+
+    async def acquire(self, amount: int) -> None:
+        """Wait until `amount` more bytes may be in flight. Waiting for the share is in nobody else's way."""
+        await self._own.acquire(amount)
+        try:
+            await self._whole.acquire(amount)
+        except asyncio.CancelledError:
+            self._own.release(amount)
+            raise
+
+    def release(self, amount: int) -> None:
+        """Give back what `acquire` granted."""
+        self._whole.release(amount)
+        self._own.release(amount)
+
+
 class BufferPool:
     """Hands out at most `limit` bytes of reusable buffers of `size` bytes each, always at least one buffer.
 

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
+from typing import Annotated
 
 import msgspec
 from blockferry.common.errors import BlockferryError, Code
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
+"""As many as fit the wire."""
 
 
 class Retention(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How many points each rule keeps; 0 switches a rule off."""
 
-    last: int = 0
-    hourly: int = 0
-    daily: int = 0
-    weekly: int = 0
-    monthly: int = 0
-    yearly: int = 0
+    last: Count = 0
+    hourly: Count = 0
+    daily: Count = 0
+    weekly: Count = 0
+    monthly: Count = 0
+    yearly: Count = 0
 
 
 DEFAULT = Retention(last=3)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -82,6 +82,7 @@ _STATUS = {
     Code.STALE_EPOCH: grpc.StatusCode.FAILED_PRECONDITION,
     Code.WRONG_STATE: grpc.StatusCode.FAILED_PRECONDITION,
     Code.OUT_OF_SPACE: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Code.LIMITED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Code.READ_ONLY: grpc.StatusCode.FAILED_PRECONDITION,
     Code.IO_ERROR: grpc.StatusCode.DATA_LOSS,
     Code.SOURCE_CHANGED: grpc.StatusCode.ABORTED,
@@ -144,6 +145,14 @@ def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> BlockferryError
                 cause="the server went away" if lost else "no server answers there",
                 next="check that blockferry-server runs there, then run this again",
             )
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            # gRPC's own words: a message that is larger than the receiver takes, or no room for another call.
+            return BlockferryError(
+                Code.LIMITED,
+                f"{address} refuses a call",
+                cause=details,
+                next="use a smaller --region-size, or raise limits.message_size in the server's configuration",
+            )
         case grpc.StatusCode.UNIMPLEMENTED:
             return BlockferryError(
                 Code.PROTOCOL, f"{address} does not know this call", cause=details, next="update the server"
@@ -196,29 +205,27 @@ def _log() -> Any:
     return structlog.get_logger("blockferry.rpc")
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: BlockferryError, method: str) -> None:
-    if error.code not in (Code.PERMISSION, Code.TLS):
-        # Who decided that has logged it, with more than the caller may know.
-        fields = {key: value for key, value in error.fields().items() if value is not None}
-        _log().info("refused", method=method, **fields)
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BlockferryError) -> NoReturn:
+    """End a call with an error and all its fields."""
     status = to_status(error)
     await context.abort(
         _STATUS[error.code], status.message, trailing_metadata=((_DETAILS_KEY, status.SerializeToString()),)
     )
+    raise AssertionError
 
 
-class Admission(Protocol):
-    """Says who may do what. Both raise PERMISSION or TLS."""
+class Gatekeeper(Protocol):
+    """Says who may do what."""
 
     def admit(self, method: str, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Callable[[], None]:
         """Let a call in, by its `Service/Method` and its request (of a stream: the first, None where there is none).
-        What is returned says whether the call may still go on."""
+        What is returned says whether the call may still go on. Both raise PERMISSION or TLS, and have logged why."""
 
 
 def _guarded(
     method: MethodDescriptor,
     implementation: Callable[..., Any],
-    admission: Admission,
+    gatekeeper: Gatekeeper,
     decode: Callable[[bytes], Any],
 ) -> Callable[..., Any]:
     """Wrap a servicer method so that nothing runs that is not admitted, every failure leaves with its fields, and a bug
@@ -235,7 +242,10 @@ def _guarded(
         if not isinstance(error, BlockferryError):
             _log().error("bug", method=method.name, exc_info=error)
             error = BlockferryError(Code.INTERNAL, f"{method.name} failed", cause=repr(error), next="report this")
-        await _abort(context, error, method.name)
+        if error.code not in (Code.PERMISSION, Code.TLS):
+            fields = {key: value for key, value in error.fields().items() if value is not None}
+            _log().info("refused", method=method.name, **fields)
+        await abort(context, error)
 
     if method.server_streaming:
 
@@ -244,11 +254,11 @@ def _guarded(
                 if method.client_streaming:
                     first = await anext(request, None)
                     first = first if first is None else decode(first)
-                    still = admission.admit(name, first, context)
+                    still = gatekeeper.admit(name, first, context)
                     request = _admitted(first, request, still, decode)
                 else:
                     request = decode(request)
-                    still = admission.admit(name, request, context)
+                    still = gatekeeper.admit(name, request, context)
                 async with contextlib.aclosing(implementation(request, context)) as responses:
                     async for response in responses:
                         still()
@@ -263,7 +273,7 @@ def _guarded(
     async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
             request = decode(request)
-            admission.admit(name, request, context)
+            gatekeeper.admit(name, request, context)
             return await implementation(request, context)
         except grpc.aio.AbortError:
             raise
@@ -289,7 +299,7 @@ def add_service(
     server: grpc.aio.Server,
     service: ServiceDescriptor,
     servicer: object,
-    admission: Admission,
+    gatekeeper: Gatekeeper,
     *,
     raw: Collection[str] = (),
 ) -> None:
@@ -306,7 +316,7 @@ def add_service(
             _guarded(
                 method,
                 implementation,
-                admission,
+                gatekeeper,
                 bytes if method.name in raw else message_class(method.input_type).FromString,
             ),
             request_deserializer=None,
@@ -318,9 +328,22 @@ def add_service(
 Server = grpc.aio.Server
 
 
-def make_server() -> grpc.aio.Server:
-    """A server with the options both sides agree on; nothing is bound yet."""
-    return grpc.aio.server(options=_SERVER_OPTIONS)
+def make_server(
+    *,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    message_size: int = MAX_MESSAGE,
+    connections: int | None = None,
+    streams: int | None = None,
+) -> grpc.aio.Server:
+    """A server with the options both sides agree on; nothing is bound yet. It takes messages of `message_size` bytes,
+    so many `connections`, and so many `streams` on each (None: any number)."""
+    options = dict(_SERVER_OPTIONS)
+    options["grpc.max_receive_message_length"] = message_size
+    if connections is not None:
+        options["grpc.max_allowed_incoming_connections"] = connections
+    if streams is not None:
+        options["grpc.max_concurrent_streams"] = streams
+    return grpc.aio.server(interceptors=interceptors, options=list(options.items()))
 
 
 def bind(server: grpc.aio.Server, uri: str, *, insecure: bool, credentials: Credentials | None = None) -> str:

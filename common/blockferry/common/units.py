@@ -31,6 +31,17 @@ def parse_duration(text: str) -> int:
     return int(number) * _DURATIONS[unit]
 
 
+def parse_seconds(text: str) -> float:
+    """Seconds of `60s`, `1m` and, unlike `parse_duration`, of `0.5s`. Raises USAGE."""
+    number, unit = text[:-1], text[-1:]
+    whole, point, part = number.partition(".")
+    if unit not in _DURATIONS or not _is_number(whole) or (point and not _is_number(part)):
+        raise BlockferryError(
+            Code.USAGE, f"{text!r} is not a duration", next="write a number with s, m, h or d, such as 60s or 0.5s"
+        )
+    return float(number) * _DURATIONS[unit]
+
+
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
 

@@ -4,9 +4,9 @@
                                      |
                                      +--> flush --> acknowledge "durable"
 
-Receiving stops while the bytes that wait to be applied reach the server's bound, so a disk that stalls stops the
-sender: its own bound fills, and it reads no further. A flush runs beside the applying of later changes and vouches only
-for what was applied before it began.
+Receiving stops while the bytes that wait to be applied reach the client's bound, or the server's for all clients, so a
+disk that stalls stops the sender: its own bound fills, and it reads no further. A flush runs beside the applying of
+later changes and vouches only for what was applied before it began.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 
 from blockferry.common.errors import BlockferryError, Code
-from blockferry.common.flow import ByteBudget
+from blockferry.common.flow import Share
 from blockferry.common.framing import Incoming, decode_request
 from blockferry.common.rpc import to_status
 from blockferry.common.wire import runs_from_wire
@@ -36,9 +36,9 @@ CHECKPOINT_SECONDS = 5.0
 
 
 class ChangeReceiver:
-    """Serves one stream. `budget` is shared by all streams of the server."""
+    """Serves one stream. `budget` is shared by all streams of a client."""
 
-    def __init__(self, replica: Replica, ref: pb.SessionRef, budget: ByteBudget) -> None:
+    def __init__(self, replica: Replica, ref: pb.SessionRef, budget: Share) -> None:
         self._replica = replica
         self._ref = ref
         self._budget = budget

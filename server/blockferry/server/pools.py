@@ -10,7 +10,7 @@ from pathlib import Path
 
 from blockferry.common.address import check_volume_name
 from blockferry.common.errors import BlockferryError, Code
-from blockferry.common.retention import Retention
+from blockferry.common.retention import DEFAULT, Retention
 from blockferry.server.pool import Pool
 from blockferry.server.replica import Replica
 from blockferry.server.space import UNLIMITED, Limits
@@ -21,10 +21,13 @@ DEFAULT_NAME = "main"
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """A pool as the command line names it."""
+    """A pool that is to be opened: its directory, the recovery points kept there whatever a source asks for, and what
+    its administrator allows."""
 
     name: str
     path: Path
+    floor: Retention = DEFAULT
+    limits: Limits = UNLIMITED
 
 
 def parse_pool(text: str) -> PoolSpec:
@@ -97,14 +100,14 @@ class Pools:
                 places[name] = pool.path / name
 
     @classmethod
-    async def open(cls, specs: Sequence[PoolSpec], lease: float, floor: Retention, limits: Limits = UNLIMITED) -> Pools:
-        """Open every pool, or none. Raises what `Pool.open` and `check_distinct` raise, and IN_USE where two pools hold
-        a replica of the same name."""
+    async def open(cls, specs: Sequence[PoolSpec], lease: float) -> Pools:
+        """Open every pool, or none; `lease` in seconds. Raises what `Pool.open` and `check_distinct` raise, and IN_USE
+        where two pools hold a replica of the same name."""
         check_distinct(specs)
         opened: list[Pool] = []
         try:
             for spec in specs:
-                opened.append(await Pool.open(spec.name, spec.path, lease, floor, limits))
+                opened.append(await Pool.open(spec.name, spec.path, lease, spec.floor, spec.limits))
             return cls(opened)
         except BaseException:
             for pool in opened:
@@ -182,6 +185,10 @@ class Pools:
             return replica.name, replica.session.owner
         last = (one for one in self.list() if session_id and one.store.session.session_id == session_id)
         return next(((one.name, None) for one in last), None)
+
+    def held_sessions(self) -> dict[str, str]:
+        """The ids of the sessions whose lease runs, by volume."""
+        return {one.name: one.session.session_id for one in self.list() if one.session and one.lease_left > 0}
 
     async def close(self) -> None:
         """End all sessions and unlock the directories."""

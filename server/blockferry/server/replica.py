@@ -187,12 +187,17 @@ class Replica:
                 volume=self.name,
             )
 
+    @property
+    def lease_left(self) -> float:
+        """Seconds until its session may be taken over; 0 or less: at once."""
+        held = self.session
+        return self.lease_seconds - (time.monotonic() - held.last_seen) if held is not None else 0.0
+
     def _refuse_if_held(self, resume_session_id: str, owner: str) -> None:
         held = self.session
         if held is None or (held.session_id, held.owner) == (resume_session_id, owner):
             return
-        left = self.lease_seconds - (time.monotonic() - held.last_seen)
-        if left > 0:
+        if (left := self.lease_left) > 0:
             raise BlockferryError(
                 Code.IN_USE,
                 f"{self.name} has a writer already",

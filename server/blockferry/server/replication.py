@@ -10,7 +10,6 @@ import grpc.aio
 from blockferry.common.address import check_volume_name
 from blockferry.common.digests import KEY_SIZE, PIECE_SIZE
 from blockferry.common.errors import BlockferryError, Code
-from blockferry.common.flow import ByteBudget
 from blockferry.common.framing import decode_request
 from blockferry.common.regions import BLOCK_SIZE, Geometry, Run, check_region_size, runs_of, split_runs
 from blockferry.common.wire import (
@@ -20,9 +19,10 @@ from blockferry.common.wire import (
     runs_from_wire,
     runs_to_wire,
 )
-from blockferry.server.access import Access
+from blockferry.server.access import Access, identity_of
 from blockferry.server.changes import ChangeReceiver
 from blockferry.server.generations import Point
+from blockferry.server.limits import Limits
 from blockferry.server.pools import Pools
 from blockferry.server.replica import Replica
 from blockferry.v1 import replication_pb2 as pb
@@ -40,10 +40,10 @@ class ReplicationService:
 
     RAW_METHODS = ("ApplyChanges",)
 
-    def __init__(self, pools: Pools, bytes_in_flight: int, access: Access) -> None:
+    def __init__(self, pools: Pools, limits: Limits, access: Access) -> None:
         self._pools = pools
+        self._limits = limits
         self._access = access
-        self._budget = ByteBudget(bytes_in_flight)
 
     async def OpenSession(self, request: pb.OpenSessionRequest, context: Context) -> pb.OpenSessionResponse:
         if request.protocol_version < 1:
@@ -54,8 +54,11 @@ class ReplicationService:
         Geometry(request.size, request.region_size or BLOCK_SIZE * 256)
         if request.size > (1 << 63) - 1:
             raise _invalid(f"a volume of {request.size} bytes is not possible", "files end at 2^63 - 1 bytes")
-        replica = await self._pools.get_or_create(request.volume, request.region_size, request.pool)
-        session = await replica.open_session(request, self._access.owner(context))
+        client = identity_of(context)
+        with self._limits.opening(client, request.volume, self._pools.held_sessions()) as opened:
+            replica = await self._pools.get_or_create(request.volume, request.region_size, request.pool)
+            session = await replica.open_session(request, self._access.owner(context))
+            opened(session.session_id)
         newest = replica.store.generations.newest
         return pb.OpenSessionResponse(
             protocol_version=min(PROTOCOL_VERSION, request.protocol_version),
@@ -67,7 +70,7 @@ class ReplicationService:
             generation=newest.number if newest else 0,
             commit_id=newest.commit_id if newest else b"",
             lease_ms=int(replica.lease_seconds * 1000),
-            bytes_in_flight=self._budget.limit,
+            bytes_in_flight=self._limits.bytes_in_flight(client).limit,
             durable_regions=runs_to_wire(runs_of(session.settled, session.geometry.count)),
         )
 
@@ -127,13 +130,15 @@ class ReplicationService:
         result.add_to(response.result)
         return response
 
-    async def ApplyChanges(self, requests: AsyncIterator[bytes], _: Context) -> AsyncIterator[pb.ApplyChangesResponse]:
+    async def ApplyChanges(
+        self, requests: AsyncIterator[bytes], context: Context
+    ) -> AsyncIterator[pb.ApplyChangesResponse]:
         first = await anext(requests, None)
         if first is None:
             return
         ref = decode_request(first)[0].session
         replica = self._by_session(ref)
-        receiver = ChangeReceiver(replica, ref, self._budget)
+        receiver = ChangeReceiver(replica, ref, self._limits.bytes_in_flight(identity_of(context)))
         try:
             async with contextlib.aclosing(receiver.responses(first, requests)) as responses:
                 async for response in responses:

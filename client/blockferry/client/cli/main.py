@@ -153,6 +153,12 @@ def build_parser() -> argparse.ArgumentParser:
         dest="subcommand", required=True, metavar="COMMAND"
     )
     add(pool, "list", "list the pools of a server and the room they have").add_argument("address", metavar="ADDRESS")
+
+    config = commands.add_parser("config", help="look at configuration files").add_subparsers(
+        dest="subcommand", required=True, metavar="COMMAND"
+    )
+    checked = add(config, "check", "say all that is wrong with a configuration file, or what it means")
+    checked.add_argument("file", type=Path, metavar="FILE")
     _add_pki(commands, add)
     return parser
 
@@ -215,9 +221,9 @@ def _find(arguments: argparse.Namespace) -> Command:
         from blockferry.client.cli import pki
 
         return pki.COMMANDS[name]
-    from blockferry.client.cli import handover, pools, replicate
+    from blockferry.client.cli import config, handover, pools, replicate
 
-    return {**replicate.COMMANDS, **handover.COMMANDS, **pools.COMMANDS}[name]
+    return {**replicate.COMMANDS, **handover.COMMANDS, **pools.COMMANDS, **config.COMMANDS}[name]
 
 
 async def _run(command: Command, arguments: argparse.Namespace, console: Console) -> int:

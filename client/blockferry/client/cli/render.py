@@ -75,12 +75,14 @@ class Console:
             print(f"blockferry: warning: {text}", file=sys.stderr, flush=True)
 
     def error(self, error: BlockferryError) -> None:
-        """One line on stderr; with `json` also the error object on stdout, if it takes it."""
+        """One line on stderr, or one for each thing that is wrong; with `json` also the error object on stdout, if that
+        takes it."""
         if self.json:
             # If it does not, the line below says all there is to say.
             with contextlib.suppress(OSError):
                 _print(json.dumps({"error": error.fields()}))
-        print(f"blockferry: {error.line()}", file=sys.stderr, flush=True)
+        for line in error.lines():
+            print(f"blockferry: {line}", file=sys.stderr, flush=True)
 
     @contextlib.asynccontextmanager
     async def showing(self, progress: Progress) -> AsyncIterator[None]:

@@ -1,0 +1,91 @@
+"""docs/configuration.md and deploy/server.toml say of every key what the schema says."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import Any
+
+import pytest
+from blockferry.common.config import NOT_YET, LimitsConfig, ServerConfig, load_server
+from blockferry.common.strict import leaves, read
+from blockferry.common.units import parse_seconds, parse_size
+
+from tests.tables import ROOT, code, document, table
+
+TEXT = document("docs/configuration.md")
+TABLES = [table(TEXT, heading) for heading in ("## Server", "## TLS", "## Pools", "## Limits", "## Grants")]
+DEFAULTS = {code(row): one.cells[row, "default"] for one in TABLES for row in one.rows}
+RANGES = {code(row): one.cells[row, "range"] for one in TABLES for row in one.rows}
+EXAMPLE = ROOT / "deploy/server.toml"
+
+HONOURED = [path for path in leaves(ServerConfig) if path.split(".")[0].removesuffix("[]") not in NOT_YET]
+
+
+def test_every_key_is_described_and_no_other() -> None:
+    assert list(DEFAULTS) == HONOURED
+
+
+def test_sections_that_are_not_honoured_yet_are_named() -> None:
+    below = TEXT[TEXT.index("## Not yet") :]
+    assert all(f"[{section}" in below for section in NOT_YET)
+
+
+def value(path: str) -> object:
+    """What a file without this key means by it."""
+    found: Any = ServerConfig()
+    for name in path.split("."):
+        found = getattr(found, name)
+    return list(found) if isinstance(found, tuple) else found
+
+
+@pytest.mark.parametrize("path", [path for path in HONOURED if not path.startswith(("pool.", "tls.", "grant[]."))])
+def test_the_default_is_the_one_of_the_code(path: str) -> None:
+    written = tomllib.loads(f"x = {code(DEFAULTS[path])}")["x"]
+    if isinstance(written, str):
+        written = parse_seconds(written) if path == "limits.lease" else parse_size(written)
+    assert written == value(path)
+
+
+@pytest.mark.parametrize("path", [path for path in HONOURED if re.fullmatch(r"[\d.]+\w? to [\d.]+\w?", RANGES[path])])
+def test_the_range_is_the_one_of_the_code(path: str) -> None:
+    """The ends of the range are taken, and nothing beyond them."""
+    least, most = RANGES[path].split(" to ")
+    beyond = {"s": "0.09s", "h": "25h", "M": "1023K", "T": "1025G"}
+    whole = most.isdigit()
+    inside = [int(least), int(most)] if whole else [least, most]
+    outside = (
+        [int(least) - 1, int(most) + 1] if whole else [beyond[least[-1]], "65M" if most == "64M" else beyond[most[-1]]]
+    )
+    for values, right in ((inside, True), (outside, False)):
+        for one in values:
+            assert accepted(path, one) == right, one
+
+
+def accepted(path: str, one: object) -> bool:
+    settings: Any = one
+    for name in reversed(path.replace("NAME", "main").split(".")):
+        settings = {name: settings}
+    for pool in settings.get("pool", {}).values():
+        pool["path"] = "/srv"
+    found = read(ServerConfig, settings)[1]
+    assert [problem.path for problem in found] in ([], [path.replace("NAME", "main")])
+    return not found
+
+
+def test_the_example_is_a_right_file_with_every_key() -> None:
+    config = load_server(EXAMPLE)
+    present = {re.sub(r"^pool\.main", "pool.NAME", path) for path in _paths(tomllib.loads(EXAMPLE.read_text()))}
+    # Of the rules of retention an example has some.
+    assert present == {path for path in HONOURED if not re.search(r"(hourly|weekly|monthly|yearly)$", path)}
+    assert config.limits == LimitsConfig(), "the defaults, as it says"
+
+
+def _paths(found: dict[str, Any], prefix: str = "") -> list[str]:
+    paths: list[str] = []
+    for name, one in found.items():
+        if isinstance(one, list) and isinstance(one[0], dict):
+            paths += _paths(one[0], f"{prefix}{name}[].")
+        else:
+            paths += _paths(one, f"{prefix}{name}.") if isinstance(one, dict) else [f"{prefix}{name}"]
+    return paths
