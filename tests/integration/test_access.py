@@ -310,7 +310,8 @@ def test_health_and_reflection_need_no_grant(site: Site) -> None:
 def test_grants_and_plaintext_over_tcp_do_not_go_together(tmp_path: Path) -> None:
     import subprocess
 
-    server = Configured(tmp_path, 'listen = ["grpc://127.0.0.1:0"]\n' + GRANTS)
+    tls = '[tls]\ncert = "/nowhere"\nkey = "/nowhere"\nca = "/nowhere"\n'
+    server = Configured(tmp_path, 'listen = ["grpc://127.0.0.1:0"]\n' + tls + GRANTS)
     done = subprocess.run(server.words, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()

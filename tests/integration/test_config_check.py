@@ -68,7 +68,7 @@ def test_what_a_right_file_means(tmp_path: Path) -> None:
         "  lease        1m",
         "  messages     up to 17.0 MiB",
         "  limits       20 sessions, 1024 calls on 256 connections, 4000 calls per second, 256.0 MiB in flight",
-        "  each client  16 sessions, 256 calls on 64 connections, 1000 calls per second, 64.0 MiB in flight",
+        "  each client  32 sessions, 256 calls on 64 connections, 2000 calls per second, 64.0 MiB in flight",
     ]
     report = ok("config", "check", file)
     assert (report["schema"], report["file"], report["kind"]) == (1, str(file), "server")

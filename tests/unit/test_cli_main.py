@@ -144,7 +144,13 @@ def leaves(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iter
 
 def test_every_command_can_be_run_and_asked_for_help(capsys: pytest.CaptureFixture[str]) -> None:
     found = list(leaves(build_parser()))
-    assert {"_".join(words) for words in found} == {*COMMANDS, *POOL_COMMANDS, *HANDOVER_COMMANDS, *CONFIG_COMMANDS, *PKI_COMMANDS}
+    assert {"_".join(words) for words in found} == {
+        *COMMANDS,
+        *POOL_COMMANDS,
+        *HANDOVER_COMMANDS,
+        *CONFIG_COMMANDS,
+        *PKI_COMMANDS,
+    }
     for words in found:
         with pytest.raises(SystemExit) as caught:
             main([*words, "--help"])

@@ -135,14 +135,17 @@ def test_an_empty_file_is_all_defaults() -> None:
     assert validate("server", parse(b"", "f"), "f") == ServerConfig()
 
 
+TLS = "[tls]\ncert = '/c'\nkey = '/k'\nca = '/a'\n"
+
+
 @pytest.mark.parametrize(
     ("text", "lines"),
     [
         ("listen = ['grpcs://0.0.0.0:1']", ["listen[0]: TLS needs a certificate; add a section [tls]"]),
-        ("listen = ['grpcs://0.0.0.0:1']\n[tls]\ncert = '/c'\nkey = '/k'\nca = '/a'", []),
-        ("listen = ['grpc+unix:///s', 'grpc://127.0.0.1:1']\n[[grant]]\nsan = 'x'\nrole = 'agent'",
+        (f"listen = ['grpcs://0.0.0.0:1']\n{TLS}", []),
+        (f"listen = ['grpc+unix:///s', 'grpc://127.0.0.1:1']\n{TLS}[[grant]]\nsan = 'x'\nrole = 'agent'",
          ["listen[1]: with grants nobody could use it"]),
-        ("listen = ['grpc+unix:///s']\n[[grant]]\nsan = 'x'\nrole = 'agent'", []),
+        (f"listen = ['grpc+unix:///s']\n{TLS}[[grant]]\nsan = 'x'\nrole = 'agent'", []),
     ],
 )  # fmt: skip
 def test_addresses_and_identities_go_together(text: str, lines: list[str]) -> None:
@@ -222,9 +225,16 @@ def test_what_no_server_can_do_yet_is_refused_rather_than_left_out() -> None:
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_its_path(text: str, line: str) -> None:
-    found = [one for one in lines(text) if not one.endswith("remove the section")]
+    found = [one for one in lines(text) if not one.endswith(("remove the section", "remove the grants"))]
     assert len(found) == 1
     assert found[0].startswith(line) if line.endswith(": ") else found[0] == line
+
+
+def test_grants_need_certificates() -> None:
+    grant = "[[grant]]\nsan = 'x'\nrole = 'agent'\n"
+    assert "grant: without TLS nobody can be told apart; add a section [tls], or remove the grants" in lines(grant)
+    # Something is wrong there already.
+    assert not any("told apart" in line for line in lines(grant + "[tls]\ncert = '/c'\n"))
 
 
 def test_a_name_of_a_pool_is_a_name() -> None:

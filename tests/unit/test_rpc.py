@@ -111,7 +111,7 @@ def test_grpc_knows_every_option() -> None:
     found = importlib.util.find_spec("grpc._cython.cygrpc")
     assert found is not None and found.origin is not None
     library = Path(found.origin).read_bytes()
-    names = {name for name, _ in [*rpc._SERVER_OPTIONS, *rpc._CLIENT_OPTIONS]}
-    assert len(names) == 14
+    names = {name for name, _ in [*rpc._SERVER_OPTIONS, *rpc._CLIENT_OPTIONS]} | set(rpc._BOUNDS)
+    assert len(names) == 16
     assert {name for name in names if b"%s\0" % name.encode() not in library} == set()
     assert b"grpc.http2.min_recv_ping_interval_without_data_ms\0" not in library

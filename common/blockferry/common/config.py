@@ -147,11 +147,11 @@ class DeviceConfig(msgspec.Struct, frozen=True):
 class ClientLimits(msgspec.Struct, frozen=True):
     """What one client may take of a server."""
 
-    sessions: Count = 16
+    sessions: Count = 32
     calls: Count = 256
     """In progress at once."""
     connections: Count = 64
-    calls_per_second: Count = 1000
+    calls_per_second: Count = 2000
     bytes_in_flight: InFlight = 64 * MIB
 
 
@@ -196,6 +196,8 @@ def _check_server(config: ServerConfig, sound: Callable[[str], bool]) -> Iterato
     for section, meaning in NOT_YET.items():
         if getattr(config, section):
             yield Problem(section, f"this server cannot do {meaning} yet", "remove the section")
+    if config.grant and config.tls is None and sound("tls"):
+        yield Problem("grant", "without TLS nobody can be told apart", "add a section [tls], or remove the grants")
     if not config.listen and sound("listen"):
         yield Problem("listen", "a server that listens nowhere serves nobody", "name an address, or leave it out")
     if sound("insecure") and not config.insecure:

@@ -66,6 +66,9 @@ _SERVER_OPTIONS = [
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_SECONDS * 500),
     ("grpc.keepalive_permit_without_calls", 1),
 ]
+_BOUNDS = ("grpc.max_receive_message_length", "grpc.max_allowed_incoming_connections", "grpc.max_concurrent_streams")
+"""What an administrator may bound."""
+
 _CLIENT_OPTIONS = [*_COMMON_OPTIONS, ("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
 
 _STATUS = {
@@ -337,12 +340,8 @@ def make_server(
 ) -> grpc.aio.Server:
     """A server with the options both sides agree on; nothing is bound yet. It takes messages of `message_size` bytes,
     so many `connections`, and so many `streams` on each (None: any number)."""
-    options = dict(_SERVER_OPTIONS)
-    options["grpc.max_receive_message_length"] = message_size
-    if connections is not None:
-        options["grpc.max_allowed_incoming_connections"] = connections
-    if streams is not None:
-        options["grpc.max_concurrent_streams"] = streams
+    bounds = zip(_BOUNDS, (message_size, connections, streams), strict=True)
+    options = {**dict(_SERVER_OPTIONS), **{name: bound for name, bound in bounds if bound is not None}}
     return grpc.aio.server(interceptors=interceptors, options=list(options.items()))
 
 
