@@ -288,7 +288,7 @@ def test_what_people_are_told(site: Site, tmp_path: Path) -> None:
         one
         for one in denials
         if (one["identity"], one["method"]) == ("spiffe://site/watch", "Replicas/DeleteReplica")
-        and one["volume"] == "db"
+        and one.get("volume") == "db"
     ][-1:]
     assert deletion["grant"] == '[[grant]] san = "spiffe://site/watch", role = "operator", volumes = ["db"]'
     assert deletion["missing"] == "may not promote, demote, adopt or delete db"
