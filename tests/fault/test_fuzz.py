@@ -160,8 +160,13 @@ class Client:
             (
                 "Replication/OpenSession",
                 replication_pb2.OpenSessionRequest(
-                    protocol_version=1, volume="a", size=2 * MIB + 1, region_size=64 * KIB, client="fuzz",
-                    resume_session_id=self.ref.session_id, grow=True
+                    protocol_version=1,
+                    volume="a",
+                    size=2 * MIB + 1,
+                    region_size=64 * KIB,
+                    client="fuzz",
+                    resume_session_id=self.ref.session_id,
+                    grow=True,
                 ),
             ),
         ):
