@@ -147,12 +147,12 @@ def slowed(server: Server) -> object:
 
 
 def takes_messages(server: Server) -> object:
-    """Whether a message of 2 MiB is too large."""
+    """Whether a message of 6 MiB is too large."""
     with channels(server) as (channel,):
         check: Any = channel.unary_unary("/grpc.health.v1.Health/Check", response_deserializer=None)
         try:
             # A field that nobody knows.
-            check(b"\x7a" + b"\x80\x80\x80\x01" + bytes(2 * MIB), timeout=SECONDS)
+            check(b"\x7a" + b"\x80\x80\x80\x03" + bytes(6 * MIB), timeout=SECONDS)
         except grpc.RpcError as error:
             return error.code().name
     return "OK"
@@ -238,7 +238,7 @@ KEYS: dict[str, Key] = {
         for rule in ("hourly", "daily", "weekly", "monthly", "yearly")
     },
     "limits.lease": Key('"7.5s"', opened("lease_ms"), 7500, 60_000),
-    "limits.message_size": Key('"1M"', takes_messages, "RESOURCE_EXHAUSTED", "OK"),
+    "limits.message_size": Key('"5M"', takes_messages, "RESOURCE_EXHAUSTED", "OK"),
     "limits.sessions": Key("2", sessions, 2, 3),
     "limits.calls": Key("2", calls, 2, 4),
     "limits.connections": Key("2", connections, 2, 4),

@@ -195,7 +195,7 @@ def test_what_no_server_can_do_yet_is_refused_rather_than_left_out() -> None:
         ("[limits]\nlease = 60", 'limits.lease: must be a duration such as "60s", not a whole number'),
         ("[limits]\nlease = '0.01s'", "limits.lease: '0.01s' is out of range; write 0.1s to 24h"),
         ("[limits]\nlease = '25h'", "limits.lease: '25h' is out of range; write 0.1s to 24h"),
-        ("[limits]\nmessage_size = '1K'", "limits.message_size: '1K' is out of range; write 1M to 64M"),
+        ("[limits]\nmessage_size = '1K'", "limits.message_size: '1K' is out of range; write 5M to 64M"),
         ("[limits]\nsessions = 0", "limits.sessions: must be a whole number from 1 to 1000000, not 0"),
         ("[limits]\nbytes_in_flight = '2T'", "limits.bytes_in_flight: '2T' is out of range; write 1M to 1T"),
         ("listen = ['http://x']", "listen[0]: 'http://x' is not a usable address: http scheme; write "

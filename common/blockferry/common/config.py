@@ -92,7 +92,7 @@ Listen = Annotated[str, Reads(_listen, 'an address such as "grpc://127.0.0.1:987
 Size = Annotated[int, Reads(parse_size, _SIZE, numbers=True)]
 Duration = Annotated[int, Reads(parse_duration, _DURATION, numbers=True)]
 Lease = Annotated[float, Reads(_between(parse_seconds, 0.1, 86400, "0.1s to 24h"), 'a duration such as "60s"')]
-MessageSize = Annotated[int, Reads(_between(parse_size, MIB, 64 * MIB, "1M to 64M"), _SIZE, numbers=True)]
+MessageSize = Annotated[int, Reads(_between(parse_size, 5 * MIB, 64 * MIB, "5M to 64M"), _SIZE, numbers=True)]
 InFlight = Annotated[int, Reads(_between(parse_size, MIB, TIB, "1M to 1T"), _SIZE, numbers=True)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 
@@ -162,7 +162,8 @@ class LimitsConfig(msgspec.Struct, frozen=True):
     """Seconds a silent source keeps a replica to itself: longer than any pause of a source that is alive, shorter than
     anybody likes to wait for a dead one."""
     message_size: MessageSize = 17 * MIB
-    """A region of the largest size, 16 MiB, and what is said with it."""
+    """A region of the largest size, 16 MiB, and what is said with it. With less than 5 MiB no sync would work: sources
+    gather 4 MiB."""
     sessions: Count = 64
     calls: Count = 1024
     connections: Count = 256

@@ -29,7 +29,6 @@ from grpc_reflection.v1alpha import reflection
 SHUTDOWN_SECONDS = 10.0
 """Calls in progress may finish within this time; then they are cut off."""
 
-
 REFUSED_STREAMS = 16
 """Streams of a connection above what its client may have in progress. Without any, HTTP/2 would hold back at the client
 what is too much, and a sync whose next call waits for room that only its own stream could give would stand still."""
