@@ -59,10 +59,18 @@ bench: $(READY) ## measure, compare with the bounds, write bench/results/ (BENCH
 	@deploy/isolate $(BIN)/python -m bench $(BENCH)
 
 .PHONY: soak
-soak: $(READY) ## thousands of kills at random instants (hours; KILLS=200 for fewer)
+soak: $(READY) ## thousands of kills at random instants, and a hundred thousand random messages (hours; KILLS=200 for fewer)
 	@deploy/packages tests
+	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_FUZZ_EXAMPLES=$(or $(MESSAGES),100000) deploy/isolate \
+		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/fault/test_fuzz.py
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_SOAK_KILLS=$(or $(KILLS),2000) deploy/isolate \
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/soak
+
+.PHONY: system
+system: $(READY) ## two hosts in network namespaces of their own (root)
+	@deploy/packages tests iproute2
+	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && deploy/isolate \
+		$(BIN)/python -m pytest --basetemp="$$base/tests" tests/system
 
 .PHONY: lock
 lock: $(READY) ## pin and hash the newest development requirements that pyproject.toml allows

@@ -115,7 +115,16 @@ def _tools(destination: Path) -> list[Tool]:
     ]
 
 
-def _rows(sources: Path, destination: Path, tmpfs: Path, only: Sequence[str]) -> list[Row]:
+def _authority(directory: Path) -> Path:
+    """An authority with a certificate for both ends."""
+    program = Path(sys.executable).parent / "blockferry"
+    subprocess.run([program, "pki", "init", directory / "pki", "--quiet"], check=True)
+    both = directory / "pki" / "both"
+    subprocess.run([program, "pki", "issue", directory / "pki", "127.0.0.1", "--out", both, "--quiet"], check=True)
+    return directory / "pki"
+
+
+def _rows(sources: Path, destination: Path, tmpfs: Path, only: Sequence[str], *, tls: bool) -> list[Row]:
     extents = workload.scattered_extents(1)
     base, changed, other = sources / "base.raw", sources / "changed.raw", sources / "other.raw"
     thick = sources / "thick.raw"
@@ -127,6 +136,15 @@ def _rows(sources: Path, destination: Path, tmpfs: Path, only: Sequence[str]) ->
 
     def wanted(name: str) -> bool:
         return not only or any(one in name for one in only)
+
+    if tls:
+        pki = _authority(sources)
+        rows = _rows(sources, destination, tmpfs, only, tls=False)
+        for row in rows:
+            mine = [tool for tool in row.tools if isinstance(tool, Blockferry)]
+            row.tools[:] = [*mine, *(tool.over_tls(pki) for tool in mine)]
+            row.expectations.clear()
+        return rows
 
     rows = []
     if wanted(name := "full copy into an empty image on tmpfs"):
@@ -151,10 +169,19 @@ def _rows(sources: Path, destination: Path, tmpfs: Path, only: Sequence[str]) ->
 
 
 NAME = "datapath"
+TLS_NAME = "datapath-tls"
 
 
-def measure(runs: int = RUNS, only: Sequence[str] = (), tools: Sequence[str] = ()) -> dict[str, Any]:
-    """All rows (or those whose name contains one of `only`) with all tools (or those named), as a table."""
+def measure_tls() -> dict[str, Any]:
+    """The same rows over TLS beside plaintext: what it costs. It has no bounds yet."""
+    return measure(tls=True)
+
+
+def measure(
+    runs: int = RUNS, only: Sequence[str] = (), tools: Sequence[str] = (), *, tls: bool = False
+) -> dict[str, Any]:
+    """All rows (or those whose name contains one of `only`) with all tools (or those named), as a table; `tls`: ours
+    alone, with and without it."""
     with contextlib.ExitStack() as stack:
         base = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="blockferry-bench-", dir="/dev/shm")))
         destination, kind = stack.enter_context(destination_directory(base))
@@ -162,13 +189,13 @@ def measure(runs: int = RUNS, only: Sequence[str] = (), tools: Sequence[str] = (
         tmpfs = base / "tmpfs"
         sources.mkdir()
         tmpfs.mkdir()
-        rows = _rows(sources, destination, tmpfs, only)
+        rows = _rows(sources, destination, tmpfs, only, tls=tls)
         for row in rows:
             row.tools[:] = [tool for tool in row.tools if not tools or tool.name in tools]
         results = run_all(rows, runs, lambda text: print(f"  {text}", file=sys.stderr, flush=True))
     table, broken = tabulated(results)
     return {
-        "title": "the data path against its peers",
+        "title": "the data path over TLS and without" if tls else "the data path against its peers",
         "rows": table,
         "summary": f"sources on tmpfs, page cache warm; destinations on {kind}; every run ends with an fsync at the "
         f"destination and a comparison; medians of {runs}",
@@ -205,8 +232,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=RUNS)
     parser.add_argument("--only", action="append", default=[], help="rows whose name contains this")
     parser.add_argument("--tools", default="", help="comma-separated names; default all")
+    parser.add_argument("--tls", action="store_true", help="blockferry over TLS beside plaintext, and nothing else")
     arguments = parser.parse_args(argv)
-    found = measure(arguments.runs, arguments.only, [name for name in arguments.tools.split(",") if name])
+    tools = [name for name in arguments.tools.split(",") if name]
+    found = measure(arguments.runs, arguments.only, tools, tls=arguments.tls)
     for row in found["rows"]:
         print(" | ".join(str(value) for value in row.values()))
     print("\n".join(found["broken"]))

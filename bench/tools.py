@@ -78,13 +78,22 @@ class Tool(abc.ABC):
 
 
 class Blockferry(Tool):
-    """blockferry sync to a blockferry-server. `cached`: the server may use the digests of the last generation."""
+    """blockferry sync to a blockferry-server. `cached`: the server may use the digests of the last generation; `pki`:
+    the directory of an authority that has issued `both.crt`, for TLS."""
 
-    def __init__(self, directory: Path, *, cached: bool = False) -> None:
+    def __init__(self, directory: Path, *, cached: bool = False, pki: Path | None = None) -> None:
         super().__init__(directory)
-        self.name = "blockferry, digest cache" if cached else "blockferry"
+        self.name = "blockferry" + (", digest cache" if cached else "") + (", TLS" if pki else "")
         self._cached = cached
+        self._scheme, self._tls = "grpc", list[str]()
+        if pki is not None:
+            self._scheme = "grpcs"
+            self._tls = [f"--tls-cert={pki}/both.crt", f"--tls-key={pki}/both.key", f"--tls-ca={pki}/ca.crt"]
         self._address = ""
+
+    def over_tls(self, pki: Path) -> Blockferry:
+        """The same over TLS, in a directory of its own."""
+        return Blockferry(self.directory.with_name(self.directory.name + "-tls"), cached=self._cached, pki=pki)
 
     def prepare(self, source: Path, old: Path | None) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -101,7 +110,14 @@ class Blockferry(Tool):
 
     def _serve(self) -> None:
         server = subprocess.Popen(
-            [BIN / "blockferry-server", "--pool", self.directory, "--listen", "grpc://127.0.0.1:0"],
+            [
+                BIN / "blockferry-server",
+                "--pool",
+                self.directory,
+                "--listen",
+                f"{self._scheme}://127.0.0.1:0",
+                *self._tls,
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
@@ -114,13 +130,13 @@ class Blockferry(Tool):
         state = self.directory.with_name(self.directory.name + "-state")
         return [
             str(BIN / "blockferry"), "sync", str(source), f"{self._address}/bench", "--json", "--quiet",
-            "--state-dir", str(state),
+            "--state-dir", str(state), *self._tls,
         ]  # fmt: skip
 
     @property
     def image(self) -> Path:
         shown = subprocess.run(
-            [BIN / "blockferry", "replica", "show", f"{self._address}/bench", "--json"],
+            [BIN / "blockferry", "replica", "show", f"{self._address}/bench", "--json", *self._tls],
             check=True,
             capture_output=True,
         )

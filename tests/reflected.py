@@ -41,8 +41,10 @@ class Refusal:
 class Reflected:
     """Calls any method of any service the server describes."""
 
-    def __init__(self, target: str) -> None:
-        self._channel = grpc.insecure_channel(target)
+    def __init__(self, target: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+        self._channel = (
+            grpc.insecure_channel(target) if credentials is None else grpc.secure_channel(target, credentials)
+        )
         self._pool = descriptor_pool.DescriptorPool()
         self._known: set[str] = set()
         self.services = self._list()
@@ -102,6 +104,22 @@ class Reflected:
         argument: Any = _each(messages) if method.client_streaming else messages[0]
         answer = multi(argument, timeout=SECONDS)
         return list(answer) if method.server_streaming else [answer]
+
+    def stream_refusal(self, path: str, requests: Iterable[dict[str, Any]]) -> Refusal:
+        """The failure of a call that takes a stream, whose requests are made while it runs."""
+        service, _, name = path.partition("/")
+        method = self._pool.FindServiceByName(service).FindMethodByName(name)
+        request_class = message_factory.GetMessageClass(method.input_type)
+        multi: Any = self._channel.stream_stream(
+            f"/{path}",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=message_factory.GetMessageClass(method.output_type).FromString,
+        )
+        try:
+            answers = list(multi((request_class(**fields) for fields in requests), timeout=SECONDS))
+        except grpc.RpcError as error:
+            return _refusal(error)
+        raise AssertionError(f"{path} was not refused: {answers}")
 
     def refusal(self, path: str, *requests: dict[str, Any]) -> Refusal:
         """The failure of a call that must fail."""

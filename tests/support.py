@@ -173,7 +173,7 @@ class Server:
         assert self._process.stdout is not None
         line = b""
         end = time.monotonic() + START_SECONDS
-        while not line.endswith(b"\n"):
+        while b"\n" not in line:
             ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, end - time.monotonic()))
             part = os.read(self._process.stdout.fileno(), 4096) if ready else b""
             if not part:

@@ -78,7 +78,7 @@ def popen(words: list[str], **options: Any) -> subprocess.Popen[Any]:
 
 
 def _mains() -> dict[str, Callable[[], int]]:
-    from blockferry.client.cli import handover, main, pools, replicate  # noqa: F401 imported by main when needed
+    from blockferry.client.cli import config, handover, main, pki, pools, replicate  # noqa: F401 imported by main when needed
     from blockferry.server import main as server
 
     return {"blockferry": main.main, "blockferry-server": server.main}

@@ -16,6 +16,7 @@ from blockferry.common.config import LimitsConfig
 from blockferry.common.flow import ByteBudget
 from blockferry.common.retention import Retention
 from blockferry.server import pool as pool_module
+from blockferry.server.access import Access
 from blockferry.server.devices import DeviceSpec
 from blockferry.server.limits import Limits
 from blockferry.server.pool import Pool
@@ -29,15 +30,17 @@ from blockferry.v1 import replication_pb2 as pb
 from tests.fault.raw import REGION, change_message, wire_runs, write_request
 
 
-class _Caller:
-    """What the services look at of their gRPC context: where a call comes from."""
+class _Nobody:
+    """All that the services ask of a gRPC context: who calls."""
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {}
 
     def peer(self) -> str:
-        """As of every UNIX socket."""
         return "unix:"
 
 
-NO_CONTEXT: Any = _Caller()
+NO_CONTEXT: Any = _Nobody()
 
 
 class Clock:
@@ -57,9 +60,10 @@ class Local:
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         pools = Pools([pool])
+        self.access = Access(pools)
         self.limits = Limits(LimitsConfig(bytes_in_flight=64 * 1024 * 1024), time.monotonic)
-        self.replication = ReplicationService(pools, self.limits)
-        self.replicas = ReplicasService(pools)
+        self.replication = ReplicationService(pools, self.limits, self.access)
+        self.replicas = ReplicasService(pools, self.access)
 
     @classmethod
     async def start(
@@ -190,7 +194,7 @@ async def served(local: Local) -> AsyncIterator[str]:
     """Serve it over gRPC from this process; gives the address."""
     server = rpc.make_server()
     service = pb.DESCRIPTOR.services_by_name["Replication"]
-    rpc.add_service(server, service, local.replication, raw=local.replication.RAW_METHODS)
+    rpc.add_service(server, service, local.replication, local.access, raw=local.replication.RAW_METHODS)
     address = rpc.bind(server, "grpc://127.0.0.1:0", insecure=False)
     await server.start()
     try:

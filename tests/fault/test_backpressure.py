@@ -403,13 +403,16 @@ async def test_a_client_whose_disk_stands_still_leaves_the_others_their_share(
         def __init__(self, address: str) -> None:
             self.address = address
 
+        def auth_context(self) -> dict[str, list[bytes]]:
+            return {}
+
         def peer(self) -> str:
             return f"ipv4:{self.address}:1234"
 
     greedy, other = Caller("192.0.2.1"), Caller("192.0.2.2")
     share, whole, region = 4 * MIB, 12 * MIB, MIB
     limits = Limits(LimitsConfig(bytes_in_flight=whole, per_client=ClientLimits(bytes_in_flight=share)), time.monotonic)
-    local.limits, local.replication = limits, ReplicationService(Pools([local.pool]), limits)
+    local.limits, local.replication = limits, ReplicationService(Pools([local.pool]), limits, local.access)
     names = ["greedy-1", "greedy-2", "greedy-3", "greedy-4", "other"]
     count = 8
     sessions = {name: (await local.open(name, count * region, region_size=region)).session for name in names}

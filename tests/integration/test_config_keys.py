@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import grpc
 import pytest
-from blockferry.common.config import NOT_YET, ServerConfig
+from blockferry.common.config import ServerConfig
 from blockferry.common.strict import leaves
 from blockferry.v1 import replicas_pb2 as replicas
 from blockferry.v1 import replication_pb2 as pb
@@ -251,19 +251,15 @@ KEYS: dict[str, Key] = {
     "limits.per_client.bytes_in_flight": Key('"3M"', opened("bytes_in_flight"), 3 * MIB, 64 * MIB),
 }
 
-ELSEWHERE = {"listen", "insecure", "pool.NAME.path"} | {path for path in leaves(ServerConfig) if "device." in path}
-"""Keys with a test of their own: they decide whether there is a server to look at, and where (below), or are those of
-devices (test_config_devices.py)."""
-
-
-def refused_sections() -> set[str]:
-    """Keys of sections that no server honours yet: that they are refused is what can be seen of them."""
-    return {path for path in leaves(ServerConfig) if path.split(".")[0].removesuffix("[]") in NOT_YET}
+ELSEWHERE = {"listen", "insecure", "pool.NAME.path"} | {
+    path for path in leaves(ServerConfig) if path.startswith(("tls.", "grant[].", "device."))
+}
+"""Keys with tests of their own: they decide whether there is a server to look at, where (below), for whom
+(test_access.py), or are those of devices (test_config_devices.py)."""
 
 
 def test_every_key_is_in_the_table() -> None:
-    assert sorted(KEYS.keys() | ELSEWHERE | refused_sections()) == sorted(leaves(ServerConfig))
-    assert not (KEYS.keys() | ELSEWHERE) & refused_sections(), "a section that is honoured needs tests of its keys"
+    assert sorted(KEYS.keys() | ELSEWHERE) == sorted(leaves(ServerConfig))
 
 
 @pytest.fixture(scope="module")
@@ -343,16 +339,3 @@ def test_plaintext_for_other_machines_is_insecure(tmp_path: Path, insecure: str)
             (line,) = process.stderr.read().splitlines()
             assert "listen[0]: without TLS anybody on the way could" in line
     assert process.returncode == (0 if insecure == "true" else 1)
-
-
-@pytest.mark.parametrize("section", NOT_YET)
-def test_what_a_server_cannot_do_yet_it_refuses(section: str, tmp_path: Path) -> None:
-    settings = {
-        "tls": {f"tls.{key}": '"/nowhere"' for key in ("cert", "key", "ca", "crl")},
-        "grant": {"[grant].san": '"x"', "[grant].role": '"agent"'},
-    }[section]
-    with start({"pool.main.path": f'"{tmp_path}"', **settings}, tmp_path / "server.toml") as process:
-        stdout, stderr = process.communicate(timeout=SECONDS)
-    line = stderr.splitlines()[0]
-    assert (process.returncode, stdout) == (1, "")
-    assert f"server.toml: {section}: this server cannot do {NOT_YET[section]} yet; remove the section" in line

@@ -65,7 +65,7 @@ def test_commands_of_the_documents_are_commands() -> None:
     lines = {path.name: [line.split() for line in code_blocks(path)] for path in DOCUMENTS}
     clients = [words for found in lines.values() for words in found if words[:1] == ["blockferry"]]
     servers = [words for found in lines.values() for words in found if words[:1] == ["blockferry-server"]]
-    assert (len(clients), len(servers)) == (35, 6)
+    assert (len(clients), len(servers)) == (45, 8)
     for words in clients:
         build_parser().parse_args(words[1:])
     assert [words[1:] for words in servers if "--config" in words] == [["--config", "/etc/blockferry/server.toml"]] * 2
@@ -88,7 +88,7 @@ def test_commands_in_the_text_are_commands() -> None:
     for words in complete:
         build_parser().parse_args(words[1:])
     known = re.findall(r"^    ([a-z]+) ", build_parser().format_help(), re.MULTILINE)
-    assert {"plan", "sync", "verify", "volume", "replica", "pool", "config"} == set(known)
+    assert {"plan", "sync", "verify", "volume", "replica", "pool", "pki", "config"} == set(known)
     assert {span.split()[1] for span in spans} <= set(known)
 
 
@@ -130,7 +130,7 @@ def test_formats_and_bounds_of_the_volumes_are_those_that_are_tested() -> None:
 
 def test_every_flag_of_sync_is_in_the_readme() -> None:
     flags = set(re.findall(r"--[a-z][a-z-]*", run_help("blockferry", "sync"))) - {"--help"}
-    assert len(flags) == 10
+    assert len(flags) == 13
     assert {flag for flag in flags if flag not in README} == set()
 
 

@@ -420,6 +420,10 @@ async def test_a_server_without_tls_is_not_talked_to_in_the_clear(image: Path, t
 def test_a_sync_over_tls(server: Server, volume: str, image: Path, tmp_path: Path, pki: Path) -> None:
     with tls_server("nbdkit", tmp_path, pki, image, tcp=True) as served:
         report = ok("sync", f"{served.uri}?tls-certificates={pki}", server.url(volume))
+        # The same from the flags, where the URI names none.
+        files = {"cert": "client-cert.pem", "key": "client-key.pem", "ca": "ca-cert.pem"}
+        flags = [f"--tls-{name}={pki / file}" for name, file in files.items()]
+        assert ok("verify", served.uri, server.url(volume), *flags)["outcome"] == "equal"
         assert report["bytes"]["data_sent"] == 64 * KIB
     assert server.image(volume).read_bytes() == image.read_bytes()
 

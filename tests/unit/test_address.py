@@ -93,7 +93,9 @@ def test_what_an_address_means(uri: str, target: str, volume: str, number: int, 
         "db.img",
         "/srv/db.img",
         "http://127.0.0.1:1/db",
-        "grpcs://127.0.0.1:1/db",
+        "grpcs+unix:///run/b.sock",
+        "grpcs://",
+        "grpcs://127.0.0.1/db",
         "grpc://",
         "grpc:///db",
         "grpc://127.0.0.1/db",
@@ -161,6 +163,16 @@ def test_names_and_numbers_survive_both_kinds_of_address(name: str, number: int,
     for found in (over_tcp, over_unix):
         assert (found.volume, found.number) == (name, number)
         assert found.require_volume() is found
+
+
+@pytest.mark.parametrize(("host", "bare"), [("dr1.example", "dr1.example"), ("[2001:db8::1]", "2001:db8::1")])
+def test_tls_is_part_of_an_address(host: str, bare: str) -> None:
+    secure, plain = (Address.parse(f"{scheme}://{host}:9870/db@2") for scheme in ("grpcs", "grpc"))
+    assert (secure.tls, plain.tls) == (True, False)
+    assert (secure.target, secure.volume, secure.number) == (plain.target, plain.volume, plain.number)
+    assert (secure.host, secure.port) == (bare, 9870)
+    socket = Address.parse("grpc+unix:///run/b.sock")
+    assert (socket.tls, socket.host, socket.port) == (False, "", 0)
 
 
 def test_a_volume_can_be_required() -> None:

@@ -14,6 +14,7 @@ import pytest
 from blockferry.client.cli.config import COMMANDS as CONFIG_COMMANDS
 from blockferry.client.cli.handover import COMMANDS as HANDOVER_COMMANDS
 from blockferry.client.cli.main import _parse_rate, _parse_region_size, build_parser, main
+from blockferry.client.cli.pki import COMMANDS as PKI_COMMANDS
 from blockferry.client.cli.pools import COMMANDS as POOL_COMMANDS
 from blockferry.client.cli.replicate import COMMANDS
 from blockferry.common.errors import BlockferryError
@@ -143,7 +144,13 @@ def leaves(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iter
 
 def test_every_command_can_be_run_and_asked_for_help(capsys: pytest.CaptureFixture[str]) -> None:
     found = list(leaves(build_parser()))
-    assert {"_".join(words) for words in found} == {*COMMANDS, *POOL_COMMANDS, *HANDOVER_COMMANDS, *CONFIG_COMMANDS}
+    assert {"_".join(words) for words in found} == {
+        *COMMANDS,
+        *POOL_COMMANDS,
+        *HANDOVER_COMMANDS,
+        *CONFIG_COMMANDS,
+        *PKI_COMMANDS,
+    }
     for words in found:
         with pytest.raises(SystemExit) as caught:
             main([*words, "--help"])

@@ -12,7 +12,6 @@ import pytest
 from blockferry.common.config import (
     KINDS,
     LARGEST_FILE,
-    NOT_YET,
     ClientLimits,
     ConfigError,
     DeviceConfig,
@@ -34,7 +33,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 EVERYTHING = """\
-listen = ["grpc://127.0.0.1:9870", "grpc+unix:///run/blockferry/server.sock"]
+listen = ["grpcs://127.0.0.1:9870", "grpc+unix:///run/blockferry/server.sock"]
 insecure = false
 scrub_every = "7d"
 [tls]
@@ -82,7 +81,7 @@ role = "operator"
 """
 
 MEANT = ServerConfig(
-    listen=("grpc://127.0.0.1:9870", "grpc+unix:///run/blockferry/server.sock"),
+    listen=("grpcs://127.0.0.1:9870", "grpc+unix:///run/blockferry/server.sock"),
     insecure=False,
     scrub_every=7 * 86400,
     tls=Tls(
@@ -135,10 +134,38 @@ def test_an_empty_file_is_all_defaults() -> None:
     assert validate("server", parse(b"", "f"), "f") == ServerConfig()
 
 
-def test_what_no_server_can_do_yet_is_refused_rather_than_left_out() -> None:
+TLS = "[tls]\ncert = '/c'\nkey = '/k'\nca = '/a'\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("listen = ['grpcs://0.0.0.0:1']", ["listen[0]: TLS needs a certificate; add a section [tls]"]),
+        (f"listen = ['grpcs://0.0.0.0:1']\n{TLS}", []),
+        (f"listen = ['grpc+unix:///s', 'grpc://127.0.0.1:1']\n{TLS}[[grant]]\nsan = 'x'\nrole = 'agent'",
+         ["listen[1]: with grants nobody could use it"]),
+        (f"listen = ['grpc+unix:///s']\n{TLS}[[grant]]\nsan = 'x'\nrole = 'agent'", []),
+    ],
+)  # fmt: skip
+def test_addresses_and_identities_go_together(text: str, lines: list[str]) -> None:
+    try:
+        validate("server", tomllib.loads(text), "f")
+    except ConfigError as error:
+        found = [problem.line() for problem in error.problems]
+    else:
+        found = []
+    assert len(found) == len(lines)
+    for line, words in zip(found, lines, strict=True):
+        assert words in line
+
+
+def test_one_device_has_one_name() -> None:
+    text = "".join(f"[device.{name}]\npath = '/dev/sdb'\njournal = '/srv'\n" for name in ("a", "b"))
     with pytest.raises(ConfigError) as caught:
-        validate("server", tomllib.loads(EVERYTHING), "f")
-    assert [problem.path for problem in caught.value.problems] == list(NOT_YET)
+        validate("server", tomllib.loads(text), "f")
+    assert [problem.line() for problem in caught.value.problems] == [
+        "device.b.path: is the device of a too; give each device one name"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -174,14 +201,14 @@ def test_what_no_server_can_do_yet_is_refused_rather_than_left_out() -> None:
         ("[limits]\nsessions = 0", "limits.sessions: must be a whole number from 1 to 1000000, not 0"),
         ("[limits]\nbytes_in_flight = '2T'", "limits.bytes_in_flight: '2T' is out of range; write 1M to 1T"),
         ("listen = ['http://x']", "listen[0]: 'http://x' is not a usable address: http scheme; write "
-         "grpc://HOST:PORT/VOLUME or grpc+unix:///SOCKET?volume=VOLUME"),
+         "grpc://HOST:PORT/VOLUME, grpcs:// for TLS, or grpc+unix:///SOCKET?volume=VOLUME"),
         ("listen = ['grpc://127.0.0.1:1/db']", "listen[0]: 'grpc://127.0.0.1:1/db' names a volume; write "
          "grpc://HOST:PORT or grpc+unix:///SOCKET: a server serves them all"),
         ("listen = []", "listen: a server that listens nowhere serves nobody; name an address, or leave it out"),
         (
             "listen = ['grpc://127.0.0.1:1', 'grpc://0.0.0.0:1']",
-            "listen[1]: without TLS anybody on the way could read and change whole disks; use a loopback address, or "
-            "insecure = true here and --insecure at clients if the network itself is trusted",
+            "listen[1]: without TLS anybody on the way could read and change whole disks; use grpcs://, a loopback "
+            "address, or insecure = true here and --insecure at clients if the network itself is trusted",
         ),
         (
             "[pool.a]\npath = '/p'\n[pool.b]\npath = '/p/./'",

@@ -13,6 +13,7 @@ from blockferry.client.replica import ChangeStream, ReplicaSession
 from blockferry.client.report import Progress, Stopwatch, Tally, sync_report
 from blockferry.client.transfer import BYTES_IN_FLIGHT, Transfer
 from blockferry.common.address import Address
+from blockferry.common.config import Tls
 from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import RateLimiter
@@ -35,6 +36,7 @@ class SyncOptions:
     grow: bool = False
     live: bool = False
     insecure: bool = False
+    tls: Tls | None = None
     keep: Retention | None = None
     pool: str = ""
     bytes_in_flight: int = BYTES_IN_FLIGHT
@@ -44,7 +46,7 @@ class SyncOptions:
 async def plan(source: Volume, destination: Address, options: SyncOptions) -> tuple[Plan, Forecast | None]:
     """What a sync would do, and whether there is room for it (None: the server does not say). Takes no session and
     writes nothing; a replica that does not exist is taken as empty."""
-    connection = Connection(destination.require_volume(), insecure=options.insecure)
+    connection = Connection(destination.require_volume(), insecure=options.insecure, tls=options.tls)
     try:
         found = await _map_without_session(connection, destination, source.size, options)
         decided = decide(await source.allocation(found.geometry.region_size), found)
@@ -79,7 +81,7 @@ async def sync(source: Volume, destination: Address, options: SyncOptions, progr
     watch = Stopwatch()
     tally = Tally()
     await _refuse_source_in_use(source, options)
-    connection = Connection(destination.require_volume(), insecure=options.insecure)
+    connection = Connection(destination.require_volume(), insecure=options.insecure, tls=options.tls)
     try:
         session = await ReplicaSession.open(
             connection,

@@ -1,7 +1,7 @@
 """Addresses of servers and replicas (pure).
 
-`grpc://HOST:PORT[/VOLUME[@NUMBER]]` and `grpc+unix:///SOCKET[?volume=VOLUME[@NUMBER]]`. A volume's name is
-`[A-Za-z0-9][A-Za-z0-9._-]{0,127}`: nothing a client sends ever becomes a path.
+`grpc://HOST:PORT[/VOLUME[@NUMBER]]`, `grpcs://` for mutual TLS, and `grpc+unix:///SOCKET[?volume=VOLUME[@NUMBER]]`. A
+volume's name is `[A-Za-z0-9][A-Za-z0-9._-]{0,127}`: nothing a client sends ever becomes a path.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from blockferry.common.errors import BlockferryError, Code
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
-_SCHEMES = ("grpc", "grpc+unix")
+_SCHEMES = ("grpc", "grpcs", "grpc+unix")
 
 
 def is_volume_name(name: str) -> bool:
@@ -37,7 +37,7 @@ def check_volume_name(name: str) -> str:
 
 def is_address(uri: str) -> bool:
     """Whether `uri` names a server or a replica rather than a local volume."""
-    return uri.split(":", 1)[0] in (*_SCHEMES, "grpcs")
+    return uri.split(":", 1)[0] in _SCHEMES
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,17 @@ class Address:
     loopback: bool
     """Reachable from this machine only: plaintext is allowed."""
     uri: str
+    tls: bool = False
+
+    @property
+    def host(self) -> str:
+        """What the server's certificate must name; empty for a socket."""
+        return "" if self.target.startswith("unix:") else self.target.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        """0 for a socket."""
+        return 0 if self.target.startswith("unix:") else int(self.target.rpartition(":")[2])
 
     @classmethod
     def parse(cls, uri: str) -> Address:
@@ -82,7 +93,7 @@ class Address:
             raise _bad(uri, "it has a part that addresses do not have")
         volume, number = _volume_and_number(unquote(parts.path[1:]), uri)
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        return cls(f"{host}:{port}", volume, number, is_loopback(parts.hostname), uri)
+        return cls(f"{host}:{port}", volume, number, is_loopback(parts.hostname), uri, parts.scheme == "grpcs")
 
     def require_volume(self) -> Address:
         """Return self, or raise INVALID_ARGUMENT where no volume is named."""
@@ -113,5 +124,5 @@ def _bad(uri: str, cause: str) -> BlockferryError:
         Code.INVALID_ARGUMENT,
         f"{uri!r} is not a usable address",
         cause=cause,
-        next="write grpc://HOST:PORT/VOLUME or grpc+unix:///SOCKET?volume=VOLUME",
+        next="write grpc://HOST:PORT/VOLUME, grpcs:// for TLS, or grpc+unix:///SOCKET?volume=VOLUME",
     )

@@ -99,6 +99,9 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
 
 # --- server.toml --------------------------------------------------------------------------------------------------
 
+TLS_ENVIRONMENT = "BLOCKFERRY_TLS_"
+"""Before CERT, KEY and CA: files for commands that are given none."""
+
 
 class Tls(msgspec.Struct, frozen=True):
     """Mutual TLS: this side's certificate and key, the authority that must have signed the other side's, and what it
@@ -184,30 +187,41 @@ class ServerConfig(msgspec.Struct, frozen=True):
     grant: tuple[Grant, ...] = ()
 
 
-NOT_YET = {"tls": "TLS", "grant": "grants"}
-"""Sections whose meaning is settled, and which no server honours yet. They are refused: a server that left out a
-`[tls]` in silence would be open to everybody. Whoever teaches the server one of them removes it here."""
-
-
 def _check_server(config: ServerConfig, sound: Callable[[str], bool]) -> Iterator[Problem]:
     """What is wrong between keys. `sound`: nothing is wrong inside this section, so that one mistake is said once."""
-    for section, meaning in NOT_YET.items():
-        if getattr(config, section):
-            yield Problem(section, f"this server cannot do {meaning} yet", "remove the section")
     if config.grant and config.tls is None and sound("tls"):
         yield Problem("grant", "without TLS nobody can be told apart", "add a section [tls], or remove the grants")
     if not config.listen and sound("listen"):
         yield Problem("listen", "a server that listens nowhere serves nobody", "name an address, or leave it out")
     if sound("insecure") and not config.insecure:
         for index, uri in enumerate(config.listen):
-            if not Address.parse(uri).loopback and sound("listen"):
+            address = Address.parse(uri)
+            if not address.tls and not address.loopback and sound("listen"):
                 yield Problem(
                     f"listen[{index}]",
                     "without TLS anybody on the way could read and change whole disks",
-                    "use a loopback address, or insecure = true here and --insecure at clients if the network itself "
-                    "is trusted",
+                    "use grpcs://, a loopback address, or insecure = true here and --insecure at clients if the "
+                    "network itself is trusted",
                 )
+    for index, uri in enumerate(config.listen if sound("listen") else ()):
+        if Address.parse(uri).tls and config.tls is None and sound("tls"):
+            yield Problem(f"listen[{index}]", "TLS needs a certificate", "add a section [tls] with cert, key and ca")
+        if config.grant and sound("grant") and plaintext(uri):
+            yield Problem(f"listen[{index}]", *USELESS)
     yield from _check_overlap(config.pool)
+    yield from _check_devices(config.device)
+
+
+USELESS = (
+    "with grants nobody could use it: plaintext over TCP has no identity",
+    "use grpcs://, or grpc+unix:// for whoever administers this host",
+)
+
+
+def plaintext(uri: str) -> bool:
+    """Whether an address is plaintext over TCP."""
+    address = Address.parse(uri)
+    return not address.tls and bool(address.host)
 
 
 def _check_overlap(pools: dict[str, PoolConfig]) -> Iterator[Problem]:
@@ -221,6 +235,17 @@ def _check_overlap(pools: dict[str, PoolConfig]) -> Iterator[Problem]:
             elif f"{path}/".startswith(f"{known}/") or f"{known}/".startswith(f"{path}/"):
                 yield Problem(below, f"{path} and {known} are inside each other", "use directories beside each other")
         seen.append((name, path))
+
+
+def _check_devices(devices: dict[str, DeviceConfig]) -> Iterator[Problem]:
+    """As far as names tell: what is one device under two names is claimed by the first that opens it."""
+    seen: dict[str, str] = {}
+    for name, device in devices.items():
+        other = seen.setdefault(device.path, name)
+        if other != name:
+            yield Problem(
+                join(join("device", name), "path"), f"is the device of {other} too", "give each device one name"
+            )
 
 
 # --- files --------------------------------------------------------------------------------------------------------

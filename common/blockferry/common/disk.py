@@ -23,6 +23,11 @@ def create(path: Path, flags: int = os.O_RDWR) -> int:
     return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
+def set_mode(fd: int, mode: int) -> None:
+    """fchmod(2)."""
+    os.fchmod(fd, mode)
+
+
 def make_directory(path: Path) -> None:
     """mkdir(2), mode 0700; not durable until the directory above is flushed."""
     os.mkdir(path, 0o700)

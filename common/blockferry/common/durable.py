@@ -36,18 +36,40 @@ def write_unsynced(path: Path, data: bytes) -> None:
     disk.rename(temporary, path)
 
 
-def write_atomic(path: Path, data: bytes | Callable[[int], bytes]) -> None:
+def write_atomic(path: Path, data: bytes | Callable[[int], bytes], *, mode: int = 0o600) -> None:
     """Replace `path` with `data`: afterwards, whatever happened, it holds the old bytes or the new ones, whole. Data
     that depends on which file it is in is made from the file's descriptor."""
+    temporary = _complete(path, data, mode)
+    disk.crash_point("atomic-before-rename")
+    rename_durably(temporary, path)
+
+
+def write_new(path: Path, data: bytes, *, mode: int = 0o600) -> None:
+    """Make a file that appears with all its bytes and its mode, or not at all. Raises FileExistsError where there is
+    one, whoever made it."""
+    # What a process that died has left; anybody else's would be used below if it were not made anew.
+    disk.unlink(path.with_name(path.name + _TEMPORARY))
+    temporary = _complete(path, data, mode, os.O_EXCL)
+    try:
+        # Unlike rename(2) this never replaces anything.
+        disk.link(temporary, path)
+    finally:
+        disk.unlink(temporary)
+    disk.fsync_directory(path.parent)
+
+
+def _complete(path: Path, data: bytes | Callable[[int], bytes], mode: int, flags: int = os.O_TRUNC) -> Path:
+    """A temporary file beside `path` with durable content."""
     temporary = path.with_name(path.name + _TEMPORARY)
-    fd = disk.create(temporary, os.O_WRONLY | os.O_TRUNC)
+    fd = disk.create(temporary, os.O_WRONLY | flags)
     try:
         _write_all(fd, data if isinstance(data, bytes) else data(fd))
+        if mode != 0o600:
+            disk.set_mode(fd, mode)
         disk.fsync(fd)
     finally:
         os.close(fd)
-    disk.crash_point("atomic-before-rename")
-    rename_durably(temporary, path)
+    return temporary
 
 
 def rename_durably(source: Path, target: Path) -> None:

@@ -19,6 +19,8 @@ class Code(enum.StrEnum):
     INVALID_ARGUMENT = "invalid-argument"
     NOT_FOUND = "not-found"
     UNREADABLE = "unreadable"
+    PERMISSION = "permission"
+    TLS = "tls"
     UNSUPPORTED = "unsupported"
     SIZE_MISMATCH = "size-mismatch"
     REGION_SIZE_MISMATCH = "region-size-mismatch"

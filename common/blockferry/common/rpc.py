@@ -6,19 +6,25 @@ and has its errors translated in this one place.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
-from typing import Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
 
 import grpc
 import grpc.aio
 from blockferry.common.address import Address
+from blockferry.common.config import Tls
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import MAX_REGION_SIZE
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
+
+if TYPE_CHECKING:
+    from blockferry.common.credentials import Credentials
+    from blockferry.common.tls import Material
 
 M = TypeVar("M", bound=Message)
 
@@ -70,6 +76,8 @@ _STATUS = {
     Code.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
     Code.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Code.UNREADABLE: grpc.StatusCode.PERMISSION_DENIED,
+    Code.PERMISSION: grpc.StatusCode.PERMISSION_DENIED,
+    Code.TLS: grpc.StatusCode.UNAUTHENTICATED,
     Code.UNSUPPORTED: grpc.StatusCode.FAILED_PRECONDITION,
     Code.SIZE_MISMATCH: grpc.StatusCode.FAILED_PRECONDITION,
     Code.REGION_SIZE_MISMATCH: grpc.StatusCode.FAILED_PRECONDITION,
@@ -209,25 +217,54 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: BlockferryEr
     raise AssertionError
 
 
-def _guarded(method: MethodDescriptor, implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a servicer method so that every failure leaves with its fields, and a bug with a line in the log."""
+class Gatekeeper(Protocol):
+    """Says who may do what."""
+
+    def admit(self, method: str, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Callable[[], None]:
+        """Let a call in, by its `Service/Method` and its request (of a stream: the first, None where there is none).
+        What is returned says whether the call may still go on. Both raise PERMISSION or TLS, and have logged why."""
+
+
+def _guarded(
+    method: MethodDescriptor,
+    implementation: Callable[..., Any],
+    gatekeeper: Gatekeeper,
+    decode: Callable[[bytes], Any],
+) -> Callable[..., Any]:
+    """Wrap a servicer method so that nothing runs that is not admitted, every failure leaves with its fields, and a bug
+    with a line in the log. Requests are decoded here, because gRPC has no words for one that cannot be."""
+    name = f"{method.containing_service.name}/{method.name}"
 
     async def failed(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
         if isinstance(error, OSError):
             error = from_os_error(error, f"{method.name} failed")
+        if isinstance(error, DecodeError):
+            error = BlockferryError(
+                Code.PROTOCOL, f"{method.name} cannot be read", cause=str(error), next="use a client that works"
+            )
         if not isinstance(error, BlockferryError):
             _log().error("bug", method=method.name, exc_info=error)
             error = BlockferryError(Code.INTERNAL, f"{method.name} failed", cause=repr(error), next="report this")
-        fields = {key: value for key, value in error.fields().items() if value is not None}
-        _log().info("refused", method=method.name, **fields)
+        if error.code not in (Code.PERMISSION, Code.TLS):
+            fields = {key: value for key, value in error.fields().items() if value is not None}
+            _log().info("refused", method=method.name, **fields)
         await abort(context, error)
 
     if method.server_streaming:
 
         async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             try:
+                if method.client_streaming:
+                    first = await anext(request, None)
+                    first = first if first is None else decode(first)
+                    still = gatekeeper.admit(name, first, context)
+                    request = _admitted(first, request, still, decode)
+                else:
+                    request = decode(request)
+                    still = gatekeeper.admit(name, request, context)
                 async with contextlib.aclosing(implementation(request, context)) as responses:
                     async for response in responses:
+                        still()
                         yield response
             except grpc.aio.AbortError:
                 raise
@@ -238,6 +275,8 @@ def _guarded(method: MethodDescriptor, implementation: Callable[..., Any]) -> Ca
 
     async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
+            request = decode(request)
+            gatekeeper.admit(name, request, context)
             return await implementation(request, context)
         except grpc.aio.AbortError:
             raise
@@ -247,8 +286,25 @@ def _guarded(method: MethodDescriptor, implementation: Callable[..., Any]) -> Ca
     return unary
 
 
+async def _admitted(
+    first: Any, others: AsyncIterator[bytes], still: Callable[[], None], decode: Callable[[bytes], Any]
+) -> AsyncIterator[Any]:
+    """The requests of a stream, while it may go on."""
+    if first is None:
+        return
+    yield first
+    async for request in others:
+        still()
+        yield decode(request)
+
+
 def add_service(
-    server: grpc.aio.Server, service: ServiceDescriptor, servicer: object, *, raw: Collection[str] = ()
+    server: grpc.aio.Server,
+    service: ServiceDescriptor,
+    servicer: object,
+    gatekeeper: Gatekeeper,
+    *,
+    raw: Collection[str] = (),
 ) -> None:
     """Serve every method of `service` by the method of `servicer` with the same name. Missing ones are
     UNIMPLEMENTED. Methods in `raw` get the bytes of their requests and parse them themselves."""
@@ -260,8 +316,13 @@ def add_service(
         kind = ("stream" if method.client_streaming else "unary") + ("_stream" if method.server_streaming else "_unary")
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         handlers[method.name] = make(
-            _guarded(method, implementation),
-            request_deserializer=None if method.name in raw else message_class(method.input_type).FromString,
+            _guarded(
+                method,
+                implementation,
+                gatekeeper,
+                bytes if method.name in raw else message_class(method.input_type).FromString,
+            ),
+            request_deserializer=None,
             response_serializer=message_class(method.output_type).SerializeToString,
         )
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
@@ -284,12 +345,16 @@ def make_server(
     return grpc.aio.server(interceptors=interceptors, options=list(options.items()))
 
 
-def bind(server: grpc.aio.Server, uri: str, *, insecure: bool) -> str:
-    """Bind `uri` and return the address clients can use. Raises IN_USE or UNSUPPORTED."""
+def bind(server: grpc.aio.Server, uri: str, *, insecure: bool, credentials: Credentials | None = None) -> str:
+    """Bind `uri` and return the address clients can use. Raises IN_USE, UNSUPPORTED, or TLS where a certificate is
+    needed and there is none."""
     address = Address.parse(uri)
     _refuse_plaintext(address, insecure)
     try:
-        port = server.add_insecure_port(address.target)
+        if address.tls:
+            port = server.add_secure_port(address.target, _server_credentials(address, credentials))
+        else:
+            port = server.add_insecure_port(address.target)
     except RuntimeError as error:
         raise BlockferryError(
             Code.IN_USE,
@@ -299,31 +364,81 @@ def bind(server: grpc.aio.Server, uri: str, *, insecure: bool) -> str:
         ) from error
     if address.target.startswith("unix:"):
         return uri
-    return f"grpc://{address.target.rpartition(':')[0]}:{port}"
+    return f"{'grpcs' if address.tls else 'grpc'}://{address.target.rpartition(':')[0]}:{port}"
+
+
+def _server_credentials(address: Address, credentials: Credentials | None) -> grpc.ServerCredentials:
+    """Every handshake takes the files as they are then; nobody without a certificate comes in."""
+    if credentials is None:
+        raise _no_certificate(address)
+    shown = credentials.material
+
+    def current() -> grpc.ServerCertificateConfiguration | None:
+        # gRPC asks from a thread of its own. None means what it has already.
+        nonlocal shown
+        if shown is credentials.material:
+            return None
+        shown = credentials.material
+        return _configuration(shown)
+
+    return grpc.dynamic_ssl_server_credentials(
+        _configuration(shown), cast(Callable[[], grpc.ServerCertificateConfiguration], current), True
+    )
+
+
+def _configuration(material: Material) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(material.key, material.chain)], material.ca)
+
+
+def _no_certificate(address: Address) -> BlockferryError:
+    return BlockferryError(
+        Code.TLS,
+        f"cannot use {address.uri}",
+        cause="no certificate of this side is named",
+        next="name it with --tls-cert, --tls-key and --tls-ca",
+    )
 
 
 def _refuse_plaintext(address: Address, insecure: bool) -> None:
-    if not address.loopback and not insecure:
+    if not address.tls and not address.loopback and not insecure:
         raise BlockferryError(
             Code.UNSUPPORTED,
             f"{address.uri} is not on this machine",
             cause="without TLS anybody on the way could read and change whole disks",
-            next="use a loopback address, or --insecure on both sides if the network itself is trusted",
+            next="use grpcs://, a loopback address, or --insecure on both sides if the network itself is trusted",
         )
 
 
 # --- calling ----------------------------------------------------------------------------------------------------
 
 
+def _material(address: Address, tls: Tls | None) -> Material:
+    # Imported here because it takes a while, and most commands need none.
+    from blockferry.common.tls import Material
+
+    if tls is None:
+        raise _no_certificate(address)
+    return Material.load(tls)
+
+
 class Connection:
     """A channel to one server that counts serialized bytes and raises BlockferryError."""
 
-    def __init__(self, address: Address, *, insecure: bool = False) -> None:
+    def __init__(self, address: Address, *, insecure: bool = False, tls: Tls | None = None) -> None:
+        """`tls` is used exactly where the address asks for TLS. Raises UNSUPPORTED for plaintext to another machine,
+        and TLS where our own certificate cannot be used."""
         _refuse_plaintext(address, insecure)
         self.address = address
         self.sent = 0
         self.received = 0
-        self._channel = grpc.aio.insecure_channel(address.target, options=_CLIENT_OPTIONS)
+        self._answered = False
+        self._material = _material(address, tls) if address.tls else None
+        if self._material is None:
+            self._channel = grpc.aio.insecure_channel(address.target, options=_CLIENT_OPTIONS)
+        else:
+            mine = self._material
+            credentials = grpc.ssl_channel_credentials(mine.ca, mine.key, mine.chain)
+            self._channel = grpc.aio.secure_channel(address.target, credentials, options=_CLIENT_OPTIONS)
 
     async def close(self) -> None:
         """Close the channel and cancel its calls."""
@@ -337,6 +452,7 @@ class Connection:
     def _deserializer(self, kind: type[M]) -> Callable[[bytes], M]:
         def parse(data: bytes) -> M:
             self.received += len(data)
+            self._answered = True
             return kind.FromString(data)
 
         return parse
@@ -349,6 +465,20 @@ class Connection:
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error, self.address.uri) from error
 
+    @contextlib.asynccontextmanager
+    async def _explained(self) -> AsyncIterator[None]:
+        """As `translated`, and where the server has never said a word, why."""
+        try:
+            with self.translated():
+                yield
+        except BlockferryError as error:
+            if error.code is not Code.UNAVAILABLE or self._answered:
+                raise
+            from blockferry.common.diagnosis import why_unreachable
+
+            reason = await asyncio.to_thread(why_unreachable, self.address, self._material)
+            raise reason or error from error
+
     async def call(self, method: str, request: Message, response: type[M]) -> M:
         """A unary call; `method` is `Service/Method`."""
         multi = self._channel.unary_unary(
@@ -356,7 +486,7 @@ class Connection:
             request_serializer=self._serializer,
             response_deserializer=self._deserializer(response),
         )
-        with self.translated():
+        async with self._explained():
             return await cast(Awaitable[M], multi(request))
 
     async def stream(self, method: str, request: Message, response: type[M]) -> AsyncIterator[M]:
@@ -368,7 +498,7 @@ class Connection:
         )
         call = multi(request)
         try:
-            with self.translated():
+            async with self._explained():
                 async for message in call:
                     yield message
         finally:

@@ -18,6 +18,7 @@ from blockferry.common import retention
 from blockferry.common.arguments import argument
 from blockferry.common.config import DEFAULT_LISTEN, DeviceConfig, PoolConfig, ServerConfig, load_server
 from blockferry.common.errors import BlockferryError
+from blockferry.common.tls import complete
 from blockferry.common.units import parse_duration, parse_seconds, parse_size
 from blockferry.server.devices import check_distinct_devices, parse_device
 from blockferry.server.pools import check_distinct, parse_pool
@@ -77,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         "--listen",
         action="append",
         metavar="ADDRESS",
-        help=f"grpc://HOST:PORT (port 0: any free one) or grpc+unix:///SOCKET; repeatable (default {DEFAULT_LISTEN})",
+        help="grpcs://HOST:PORT or grpc://HOST:PORT (port 0: any free one), or grpc+unix:///SOCKET; repeatable "
+        f"(default {DEFAULT_LISTEN})",
     )
     parser.add_argument(
         "--keep-at-least",
@@ -115,6 +117,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DURATION",
         help="re-read the newest generation of each replica this often, such as 7d or 12h (default 0: never)",
     )
+    for name, what in (
+        ("cert", "certificate of this server, PEM, with intermediate ones behind it"),
+        ("key", "its private key"),
+        ("ca", "the authorities that have issued what clients show"),
+        ("crl", "their revocation lists"),
+    ):
+        parser.add_argument(
+            f"--tls-{name}", type=Path, metavar="FILE", help=f"{what}; for grpcs://, and read again when it changes"
+        )
     parser.add_argument("--insecure", action="store_true", help="allow plaintext on addresses other machines can reach")
     return parser
 
@@ -149,6 +160,7 @@ def _overridden(config: ServerConfig, arguments: argparse.Namespace) -> ServerCo
         listen=tuple(arguments.listen) if arguments.listen else None,
         insecure=arguments.insecure or None,
         scrub_every=arguments.scrub_every,
+        tls=complete(arguments.tls_cert, arguments.tls_key, arguments.tls_ca, arguments.tls_crl),
         pool={name: _replaced(pool, **of_pools) for name, pool in pools.items()},
         device=devices,
         limits=_replaced(config.limits, lease=arguments.lease),

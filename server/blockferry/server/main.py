@@ -9,9 +9,12 @@ import time
 
 import uvloop
 from blockferry.common import linux, rpc, telemetry
-from blockferry.common.config import DeviceConfig, PoolConfig, ServerConfig
-from blockferry.common.errors import BlockferryError
-from blockferry.server import space
+from blockferry.common.config import USELESS, DeviceConfig, PoolConfig, ServerConfig, plaintext
+from blockferry.common.credentials import Credentials
+from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.volumes import in_thread
+from blockferry.server import handshakes, space
+from blockferry.server.access import Access
 from blockferry.server.admission import Admission
 from blockferry.server.arguments import configuration
 from blockferry.server.devices import DeviceSpec
@@ -39,6 +42,11 @@ async def serve(config: ServerConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
+    for uri in config.listen if config.grant else ():
+        if plaintext(uri):
+            cause, next_step = USELESS
+            raise BlockferryError(Code.USAGE, f"cannot listen on {uri}", cause=cause, next=next_step)
+    credentials = await in_thread(Credentials, config.tls) if config.tls else None
     specs = [_spec(name, pool) for name, pool in config.pool.items()]
     devices = [_device(name, device, config.insecure) for name, device in config.device.items()]
     pools = await Pools.open(with_devices(specs, devices), config.limits.lease)
@@ -51,20 +59,23 @@ async def serve(config: ServerConfig) -> None:
             connections=config.limits.connections,
             streams=config.limits.per_client.calls + REFUSED_STREAMS,
         )
+        access = Access(pools, config.grant, credentials)
         services = {
-            replication_pb2.DESCRIPTOR.services_by_name["Replication"]: ReplicationService(pools, limits),
-            replicas_pb2.DESCRIPTOR.services_by_name["Replicas"]: ReplicasService(pools),
+            replication_pb2.DESCRIPTOR.services_by_name["Replication"]: ReplicationService(pools, limits, access),
+            replicas_pb2.DESCRIPTOR.services_by_name["Replicas"]: ReplicasService(pools, access),
         }
         for descriptor, servicer in services.items():
-            rpc.add_service(server, descriptor, servicer, raw=getattr(servicer, "RAW_METHODS", ()))
+            rpc.add_service(server, descriptor, servicer, access, raw=getattr(servicer, "RAW_METHODS", ()))
         await _add_health_and_reflection(server, [descriptor.full_name for descriptor in services])
 
-        addresses = [rpc.bind(server, uri, insecure=config.insecure) for uri in config.listen]
+        addresses = [rpc.bind(server, uri, insecure=config.insecure, credentials=credentials) for uri in config.listen]
         await server.start()
         for address in addresses:
             print(f"listening on {address}", flush=True)
         if config.scrub_every:
             tasks.append(asyncio.create_task(Scrubber(pools, config.scrub_every).run(), name="scrubber"))
+        if credentials is not None:
+            tasks.append(asyncio.create_task(credentials.watch(), name="certificates"))
         await stop.wait()
         await server.stop(SHUTDOWN_SECONDS)
     finally:
@@ -98,6 +109,7 @@ def main() -> int:
     linux.occupy_standard_descriptors()
     try:
         config = configuration(sys.argv[1:])
+        handshakes.watch()
         telemetry.configure_logging()
         linux.keep_freed_memory()
         uvloop.run(serve(config))

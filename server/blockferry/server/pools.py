@@ -216,6 +216,14 @@ class Pools:
         found = (pool.find_session(session_id) for pool in self._pools)
         return next((replica for replica in found if replica is not None), None)
 
+    def owner_of(self, session_id: str) -> tuple[str, str | None] | None:
+        """Volume and owner of a session; no owner where it is over, None where it is unknown."""
+        replica = self.find_session(session_id)
+        if replica is not None and replica.session is not None:
+            return replica.name, replica.session.owner
+        last = (one for one in self.list() if session_id and one.store.session.session_id == session_id)
+        return next(((one.name, None) for one in last), None)
+
     def held_sessions(self) -> dict[str, str]:
         """The ids of the sessions whose lease runs, by volume."""
         return {one.name: one.session.session_id for one in self.list() if one.session and one.lease_left > 0}

@@ -44,6 +44,8 @@ class Session:
     geometry: Geometry
     volume: Volume
     snapshot_id: str
+    owner: str
+    """The identity that opened it; empty where there are none."""
     settled: BitMap
     """Regions that hold what the source's immutable snapshot holds."""
     digests: DigestCache
@@ -117,12 +119,12 @@ class Replica:
 
     # --- opening --------------------------------------------------------------------------------------------------
 
-    async def open_session(self, request: pb.OpenSessionRequest) -> Session:
-        """Take the replica for one writer, or raise IN_USE, SIZE_MISMATCH, REGION_SIZE_MISMATCH, UNSUPPORTED or
-        WRONG_STATE before anything changes."""
+    async def open_session(self, request: pb.OpenSessionRequest, owner: str = "") -> Session:
+        """Take the replica for one writer, which is `owner`, or raise IN_USE, SIZE_MISMATCH,
+        REGION_SIZE_MISMATCH, UNSUPPORTED or WRONG_STATE before anything changes."""
         opened: list[Session] = []
         try:
-            return await self.to_the_end(self._open_session(request, opened))
+            return await self.to_the_end(self._open_session(request, owner, opened))
         except asyncio.CancelledError:
             # Nobody is left to hear of the session: the next one need not wait for it.
             self._unfinished.add(task := asyncio.create_task(self._forsake(opened)))
@@ -134,10 +136,10 @@ class Replica:
             for session in opened:
                 session.last_seen = -self.lease_seconds
 
-    async def _open_session(self, request: pb.OpenSessionRequest, opened: list[Session]) -> Session:
+    async def _open_session(self, request: pb.OpenSessionRequest, owner: str, opened: list[Session]) -> Session:
         async with self.gate.closed():
             self.refuse_if_gone()
-            self._refuse_if_held(request.resume_session_id)
+            self._refuse_if_held(request.resume_session_id, owner)
             self._refuse_other_geometry(request)
             await self._room.check_start()
             await self._check_base(request.size)
@@ -145,7 +147,7 @@ class Replica:
             try:
                 await self.end_session()
                 await self.complete()
-                self.session = await self._begin(request)
+                self.session = await self._begin(request, owner)
             except (OSError, BlockferryError) as error:
                 # What the disk holds by now decides.
                 await self.believe_the_disk()
@@ -166,18 +168,21 @@ class Replica:
             error.volume = self.name
             raise
 
-    async def _begin(self, request: pb.OpenSessionRequest) -> Session:
+    async def _begin(self, request: pb.OpenSessionRequest, owner: str) -> Session:
+        # What one identity says is durable another one must not leave out.
+        snapshot_id = f"{owner} {request.snapshot_id}" if owner and request.snapshot_id else request.snapshot_id
         record = SessionRecord(self.store.session.epoch + 1, uuid.uuid4().hex, request.size, request.client[:256])
         await in_thread(self.store.write_session, record)
         crash_point("open-epoch-durable")
-        work, settled, digests = await self.store.begin_work(request.size, request.snapshot_id)
+        work, settled, digests = await self.store.begin_work(request.size, snapshot_id)
         return Session(
             session_id=record.session_id,
             epoch=record.epoch,
             client=record.client,
             geometry=Geometry(request.size, self.store.identity.region_size),
             volume=work,
-            snapshot_id=request.snapshot_id,
+            snapshot_id=snapshot_id,
+            owner=owner,
             settled=settled,
             digests=digests,
         )
@@ -199,9 +204,9 @@ class Replica:
         held = self.session
         return self.lease_seconds - (time.monotonic() - held.last_seen) if held is not None else 0.0
 
-    def _refuse_if_held(self, resume_session_id: str) -> None:
+    def _refuse_if_held(self, resume_session_id: str, owner: str) -> None:
         held = self.session
-        if held is None or held.session_id == resume_session_id:
+        if held is None or (held.session_id, held.owner) == (resume_session_id, owner):
             return
         if (left := self.lease_left) > 0:
             raise BlockferryError(
@@ -564,7 +569,7 @@ class Replica:
         changed."""
         async with self.gate.closed():
             self.refuse_if_gone()
-            self._refuse_if_held("")
+            self._refuse_if_held("", "")
             if self.state is State.PROMOTED:
                 raise BlockferryError(
                     Code.WRONG_STATE,

@@ -15,6 +15,7 @@ from blockferry.common.digests import is_zero
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.volumes import in_thread
 from blockferry.server import handover
+from blockferry.server.access import Access
 from blockferry.server.generations import Promotion
 from blockferry.server.pool import Pool
 from blockferry.server.pools import Pools
@@ -47,17 +48,23 @@ OUT_OF_SERVICE = "it is out of service until its device can be used: {}"
 class ReplicasService:
     """Serves `blockferry.v1.Replicas` over all pools."""
 
-    def __init__(self, pools: Pools) -> None:
+    def __init__(self, pools: Pools, access: Access) -> None:
         self._pools = pools
+        self._access = access
 
-    async def ListReplicas(self, request: pb.ListReplicasRequest, _: Context) -> pb.ListReplicasResponse:
-        return pb.ListReplicasResponse(replicas=[await self._described(replica) for replica in self._pools.list()])
+    async def ListReplicas(self, request: pb.ListReplicasRequest, context: Context) -> pb.ListReplicasResponse:
+        listed = self._listed(self._pools.list(), context)
+        return pb.ListReplicasResponse(replicas=[await self._described(replica) for replica in listed])
 
     async def GetReplica(self, request: pb.GetReplicaRequest, _: Context) -> pb.GetReplicaResponse:
         return pb.GetReplicaResponse(replica=await self._described(self._pools.get(request.volume)))
 
-    async def ListPools(self, request: pb.ListPoolsRequest, _: Context) -> pb.ListPoolsResponse:
-        return pb.ListPoolsResponse(pools=[await _describe_pool(pool) for pool in self._pools])
+    async def ListPools(self, request: pb.ListPoolsRequest, context: Context) -> pb.ListPoolsResponse:
+        described = [await _describe_pool(pool, self._listed(pool.list(), context)) for pool in self._pools]
+        return pb.ListPoolsResponse(pools=described)
+
+    def _listed(self, replicas: list[Replica], context: Context) -> list[Replica]:
+        return [replica for replica in replicas if self._access.may_look(context, replica.name)]
 
     async def ListRecoveryPoints(
         self, request: pb.ListRecoveryPointsRequest, _: Context
@@ -230,8 +237,7 @@ def _scrub_to_wire(scrub: ScrubRecord) -> pb.Scrub:
     )
 
 
-async def _describe_pool(pool: Pool) -> pb.Pool:
-    replicas = pool.list()
+async def _describe_pool(pool: Pool, replicas: list[Replica]) -> pb.Pool:
     behind = sum(pool.is_behind(replica) for replica in replicas)
     description = pb.Pool(
         name=pool.name,

@@ -19,7 +19,7 @@ from blockferry.common.wire import (
     runs_from_wire,
     runs_to_wire,
 )
-from blockferry.server.access import identity_of
+from blockferry.server.access import Access, identity_of
 from blockferry.server.changes import ChangeReceiver
 from blockferry.server.generations import Point
 from blockferry.server.limits import Limits
@@ -40,9 +40,10 @@ class ReplicationService:
 
     RAW_METHODS = ("ApplyChanges",)
 
-    def __init__(self, pools: Pools, limits: Limits) -> None:
+    def __init__(self, pools: Pools, limits: Limits, access: Access) -> None:
         self._pools = pools
         self._limits = limits
+        self._access = access
 
     async def OpenSession(self, request: pb.OpenSessionRequest, context: Context) -> pb.OpenSessionResponse:
         if request.protocol_version < 1:
@@ -56,7 +57,7 @@ class ReplicationService:
         client = identity_of(context)
         with self._limits.opening(client, request.volume, self._pools.held_sessions()) as opened:
             replica = await self._pools.get_or_create(request.volume, request.region_size, request.pool, request.size)
-            session = await replica.open_session(request)
+            session = await replica.open_session(request, self._access.owner(context))
             opened(session.session_id)
         newest = replica.store.generations.newest
         return pb.OpenSessionResponse(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import io
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -19,6 +20,8 @@ from blockferry.client.cli.render import Console
 from blockferry.common import linux, retention
 from blockferry.common.address import check_volume_name
 from blockferry.common.arguments import argument
+from blockferry.common.config import TLS_ENVIRONMENT as ENVIRONMENT
+from blockferry.common.config import Tls
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import check_region_size
 from blockferry.common.units import parse_size
@@ -66,6 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--insecure", action="store_true", help="allow plaintext to servers that are not on this machine"
     )
+    for name, what in (("cert", "our certificate"), ("key", "its private key"), ("ca", "authorities of the server")):
+        common.add_argument(
+            f"--tls-{name}", type=Path, metavar="FILE",
+            help=f"{what}, PEM, for grpcs:// and nbds:// (default ${ENVIRONMENT}{name.upper()})",
+        )  # fmt: skip
 
     parser = _Parser(prog="blockferry", description="Keep block volumes alive at a second site.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -151,13 +159,70 @@ def build_parser() -> argparse.ArgumentParser:
     )
     checked = add(config, "check", "say all that is wrong with a configuration file, or what it means")
     checked.add_argument("file", type=Path, metavar="FILE")
+    _add_pki(commands, add)
     return parser
 
 
+def _add_pki(
+    commands: argparse._SubParsersAction[_Parser],
+    add: Callable[[argparse._SubParsersAction[_Parser], str, str], argparse.ArgumentParser],
+) -> None:
+    pki = commands.add_parser("pki", help="certificates of a small authority of one's own").add_subparsers(
+        dest="subcommand", required=True, metavar="COMMAND"
+    )
+    made = add(pki, "init", "make an authority in a directory")
+    issued = add(pki, "issue", "make a key, and a certificate with these names")
+    renewed = add(pki, "renew", "replace a certificate by one for the same names and key that is valid for longer")
+    revoked = add(pki, "revoke", "put a certificate on the list of those that are refused")
+    for one in (made, issued, renewed, revoked):
+        one.add_argument("directory", metavar="DIR", type=Path, help="the directory of the authority")
+    for one in (renewed, revoked):
+        one.add_argument("certificate", metavar="FILE", type=Path)
+    made.add_argument("--name", default="blockferry authority", help="for people (default: blockferry authority)")
+    made.add_argument("--days", type=int, default=3650, metavar="N", help="validity in days (default 3650)")
+    issued.add_argument(
+        "names", nargs="+", metavar="NAME", help="host name, address, or dns:NAME, ip:ADDRESS, uri:URI; servers need "
+        "the names they are dialled by, clients the name that grants have",
+    )  # fmt: skip
+    issued.add_argument(
+        "--out", type=Path, metavar="PREFIX", help="write PREFIX.crt and PREFIX.key (default: DIR and the first name)"
+    )
+    for one in (issued, renewed):
+        one.add_argument("--days", type=int, default=365, metavar="N", help="validity in days (default 365)")
+    shown = add(pki, "show", "show names, validity and fingerprints of certificates")
+    shown.add_argument("certificates", nargs="+", metavar="FILE", type=Path)
+
+
+def _tls(arguments: argparse.Namespace, console: Console) -> Tls | None:
+    """The files of TLS, where the command talks to anybody with TLS; what needs attention is said beforehand."""
+    given = [
+        getattr(arguments, f"tls_{name}")
+        or (Path(found) if (found := os.environ.get(ENVIRONMENT + name.upper())) else None)
+        for name in ("cert", "key", "ca")
+    ]
+    if not any(given) or not any(
+        isinstance(value, str) and value.startswith(("grpcs:", "nbds")) for value in vars(arguments).values()
+    ):
+        return None
+    from datetime import UTC, datetime
+
+    from blockferry.common.tls import Material, complete
+
+    files = complete(*given)
+    if files is not None:
+        for line in Material.load(files).warnings(datetime.now(UTC)):
+            console.warning(line)
+    return files
+
+
 def _find(arguments: argparse.Namespace) -> Command:
+    name = "_".join(filter(None, (arguments.command, getattr(arguments, "subcommand", None))))
+    if arguments.command == "pki":
+        from blockferry.client.cli import pki
+
+        return pki.COMMANDS[name]
     from blockferry.client.cli import config, handover, pools, replicate
 
-    name = "_".join(filter(None, (arguments.command, getattr(arguments, "subcommand", None))))
     return {**replicate.COMMANDS, **handover.COMMANDS, **pools.COMMANDS, **config.COMMANDS}[name]
 
 
@@ -203,7 +268,10 @@ def main(argv: list[str] | None = None) -> int:
         # Paths may hold bytes that are no UTF-8; they leave as they came.
         sys.stdout.reconfigure(errors="surrogateescape")
     linux.keep_freed_memory()
+    # gRPC would print what fails in a handshake, in its own words, beside the one line that says it in ours.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
+        arguments.tls = _tls(arguments, console)
         return uvloop.run(_run(_find(arguments), arguments, console))
     except BlockferryError as error:
         console.error(error)

@@ -69,6 +69,11 @@ class Console:
                 next="what was asked for is done and only its report is lost; run it again to see one",
             ) from error
 
+    def warning(self, text: str) -> None:
+        """One line on stderr about something that works, for now."""
+        if not self.quiet:
+            print(f"blockferry: warning: {text}", file=sys.stderr, flush=True)
+
     def error(self, error: BlockferryError) -> None:
         """One line on stderr, or one for each thing that is wrong; with `json` also the error object on stdout, if that
         takes it."""

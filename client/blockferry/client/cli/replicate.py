@@ -35,6 +35,7 @@ def _options(arguments: argparse.Namespace) -> SyncOptions:
         grow=arguments.grow,
         live=getattr(arguments, "live", False),
         insecure=arguments.insecure,
+        tls=arguments.tls,
         keep=getattr(arguments, "keep", None),
         pool=arguments.pool or "",
         state_directory=getattr(arguments, "state_dir", None),
@@ -43,7 +44,7 @@ def _options(arguments: argparse.Namespace) -> SyncOptions:
 
 @contextlib.asynccontextmanager
 async def _opened(uri: str, arguments: argparse.Namespace) -> AsyncIterator[Volume]:
-    volume = await open_volume(uri, insecure=arguments.insecure)
+    volume = await open_volume(uri, insecure=arguments.insecure, tls=arguments.tls)
     try:
         yield volume
     finally:
@@ -53,7 +54,7 @@ async def _opened(uri: str, arguments: argparse.Namespace) -> AsyncIterator[Volu
 @contextlib.asynccontextmanager
 async def connected(arguments: argparse.Namespace) -> AsyncIterator[Connection]:
     """A connection to the server that `arguments.address` names."""
-    connection = Connection(Address.parse(arguments.address), insecure=arguments.insecure)
+    connection = Connection(Address.parse(arguments.address), insecure=arguments.insecure, tls=arguments.tls)
     try:
         yield connection
     finally:

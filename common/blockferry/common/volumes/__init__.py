@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from blockferry.common.address import is_address
+from blockferry.common.config import Tls
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.nbd.uri import is_nbd_uri
 from blockferry.common.volumes.device import DeviceVolume
@@ -28,13 +29,13 @@ __all__ = [
 ]
 
 
-async def open_volume(uri: str, *, insecure: bool = False) -> Volume:
+async def open_volume(uri: str, *, insecure: bool = False, tls: Tls | None = None) -> Volume:
     """Open what `uri` names for reading: an image or block device (a path, `file:///PATH`), an NBD export's URI, or a
-    replica's address."""
+    replica's address. `tls` is for addresses and URIs that ask for TLS; what an NBD URI says itself goes before it."""
     if is_address(uri):
-        return await ReplicaVolume.open(uri, insecure=insecure)
+        return await ReplicaVolume.open(uri, insecure=insecure, tls=tls)
     if is_nbd_uri(uri):
-        return await NbdVolume.open(uri, insecure=insecure)
+        return await NbdVolume.open(uri, insecure=insecure, files=tls)
     if uri.startswith("file://"):
         parts = urlsplit(uri)
         if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:

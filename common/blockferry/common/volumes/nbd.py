@@ -11,6 +11,7 @@ import ssl
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from blockferry.common.config import Tls
 from blockferry.common.digests import Data, zeros
 from blockferry.common.errors import BlockferryError, Code, first_of, from_os_error
 from blockferry.common.linux import Zeroing
@@ -42,10 +43,16 @@ class NbdVolume(Volume):
 
     @classmethod
     async def open(
-        cls, uri: str, *, writable: bool = False, insecure: bool = False, tls: ssl.SSLContext | None = None
+        cls,
+        uri: str,
+        *,
+        writable: bool = False,
+        insecure: bool = False,
+        tls: ssl.SSLContext | None = None,
+        files: Tls | None = None,
     ) -> NbdVolume:
-        """Open an export. `tls` for `nbds://` and `nbds+unix://`, instead of what the URI says of certificates;
-        `insecure` allows plaintext to another machine.
+        """Open an export. For `nbds://` and `nbds+unix://` there is `tls`, instead of what the URI says of
+        certificates, and `files`, where it says nothing; `insecure` allows plaintext to another machine.
 
         Raises INVALID_ARGUMENT (the URI; an empty export), NOT_FOUND, UNAVAILABLE, PROTOCOL; and for writing READ_ONLY,
         or UNSUPPORTED where the server can make nothing durable or has blocks of more than 4 KiB.
@@ -60,7 +67,7 @@ class NbdVolume(Volume):
                 volume=uri,
             )
         if where.tls and tls is None:
-            tls = await in_thread(_tls_context, where)
+            tls = await in_thread(_tls_context, where, files)
         client = await NbdClient.connect(where, tls=tls)
         try:
             _check_usable(client, writable)
@@ -238,8 +245,14 @@ def _zero_extents(offset: int, length: int) -> Iterator[tuple[int, Data]]:
         offset += len(part)
 
 
-def _tls_context(uri: NbdUri) -> ssl.SSLContext:
-    """The server is always verified: by the URI's certificates if it names any, else by the system's authorities."""
+def _tls_context(uri: NbdUri, files: Tls | None) -> ssl.SSLContext:
+    """The server is always verified: by the URI's certificates if it names any, else by `files`, else by the system's
+    authorities."""
+    if files is not None and not uri.tls_certificates:
+        # Imported here because it takes a while, and most commands need none.
+        from blockferry.common.tls import client_context
+
+        return client_context(files)
     directory = Path(uri.tls_certificates) if uri.tls_certificates else None
     try:
         context = ssl.create_default_context(cafile=None if directory is None else str(directory / "ca-cert.pem"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 
 from blockferry.common.address import Address
+from blockferry.common.config import Tls
 from blockferry.common.digests import Data, digest_size
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Run
@@ -28,10 +29,10 @@ class ReplicaVolume(Volume):
         self._map = found
 
     @classmethod
-    async def open(cls, uri: str, *, insecure: bool = False) -> ReplicaVolume:
+    async def open(cls, uri: str, *, insecure: bool = False, tls: Tls | None = None) -> ReplicaVolume:
         """Raises NOT_FOUND where there is no such replica or no committed generation."""
         address = Address.parse(uri).require_volume()
-        connection = Connection(address, insecure=insecure)
+        connection = Connection(address, insecure=insecure, tls=tls)
         try:
             point = pb.PointRef(volume=address.volume, number=address.number)
             found, header = await fetch_map(connection, point, 0)
