@@ -13,9 +13,9 @@ from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
 from blockferry.server import room as room_module
 from blockferry.server.pool import Pool
-from blockferry.server.replica import Session
 from blockferry.server.room import Measured, ReplicaRoom, Room
 from blockferry.server.space import LOOK_BYTES, Limits
+from blockferry.server.writer import Session
 from blockferry.v1 import replication_pb2 as pb
 
 MIB = 1 << 20

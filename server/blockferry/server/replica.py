@@ -6,8 +6,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,9 +15,8 @@ from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import AllocationMap, Geometry, Run, runs_of
 from blockferry.common.retention import Retention
-from blockferry.common.volumes import Volume, in_thread
+from blockferry.common.volumes import in_thread
 from blockferry.server import apply
-from blockferry.server.cache import DigestCache
 from blockferry.server.gate import Gate
 from blockferry.server.generations import Point
 from blockferry.server.points import Points
@@ -26,56 +24,13 @@ from blockferry.server.room import ReplicaRoom, Room
 from blockferry.server.session import Event, State, state_at_rest, transition
 from blockferry.server.space import UNLIMITED
 from blockferry.server.store import SessionRecord, Store
+from blockferry.server.writer import Session
 from blockferry.v1 import replication_pb2 as pb
 from pyroaring import BitMap
 
 T = TypeVar("T")
 
 log = structlog.get_logger("blockferry.replica")
-
-
-@dataclass
-class Session:
-    """One writer's fenced access."""
-
-    session_id: str
-    epoch: int
-    client: str
-    geometry: Geometry
-    volume: Volume
-    snapshot_id: str
-    owner: str
-    """The identity that opened it; empty where there are none."""
-    settled: BitMap
-    """Regions that hold what the source's immutable snapshot holds."""
-    digests: DigestCache
-    allocated: BitMap | None = None
-    """Regions that may hold data, once a map was asked for; all others are proven zero."""
-    last_seen: float = field(default_factory=lambda: time.monotonic())
-    """Monotonic seconds of the last call."""
-    failed: BlockferryError | None = None
-    """A flush failed: nothing about the work image can be believed any more (invariant 3)."""
-    applying: asyncio.Lock = field(default_factory=asyncio.Lock)
-    racing: list[BitMap] = field(default_factory=list)
-    """For everybody who reads the work image, the regions that changed meanwhile."""
-
-    def change(self, first: int, count: int) -> None:
-        """These regions change: to be said before the change, and again after it. Whoever reads a region meanwhile
-        began after the first word or will hear the second."""
-        self.digests.forget(first, count)
-        for changed in self.racing:
-            changed.add_range(first, first + count)
-
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[BitMap]:
-        """The regions that change in here."""
-        changed = BitMap()
-        self.racing.append(changed)
-        try:
-            yield changed
-        finally:
-            # By identity: list.remove would take away an equal set that belongs to another reader.
-            self.racing = [one for one in self.racing if one is not changed]
 
 
 class Replica:
