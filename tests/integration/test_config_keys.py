@@ -25,7 +25,7 @@ from grpc_health.v1 import health_pb2
 from tests.configured import Configured, Settings, document
 from tests.images import MIB, build, noise
 from tests.reflected import Refusal, _refusal
-from tests.support import PROGRAMS, Server, ok, run_cli, until
+from tests.support import PROGRAMS, Server, ok, own_directory, run_cli, until
 
 M = TypeVar("M", bound=Message)
 
@@ -265,9 +265,7 @@ def test_every_key_is_in_the_table() -> None:
 @pytest.fixture(scope="module")
 def root(ext4_pool_root: Path) -> Path:
     """Where pools are that keep journals."""
-    directory = ext4_pool_root / "configured"
-    directory.mkdir()
-    return directory
+    return own_directory(ext4_pool_root, "configured")
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from tests.certificates import Issued, Issuer
 from tests.conftest import ServerFactory
 from tests.images import MIB
 from tests.reflected import PACKAGE, Reflected, open_session
-from tests.support import Server, ok, refused, refused_json, run_cli, until
+from tests.support import Server, ok, own_directory, refused, refused_json, run_cli, until
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ def flags(pki: Pki, shown: Issued | None = None) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def tls_server(pki: Pki, pool_root: Path) -> Iterator[Server]:
     """A server that speaks TLS only, for the tests of this module."""
-    pool = pool_root / "pool-tls"
-    pool.mkdir()
-    server = Server(pool, flags=flags(pki), listen="grpcs://127.0.0.1:0").start()
+    server = Server(own_directory(pool_root, "pool-tls"), flags=flags(pki), listen="grpcs://127.0.0.1:0").start()
     yield server
     server.stop()
 
@@ -97,6 +95,10 @@ def test_everything_works_over_tls(tls_server: Server, pki: Pki, volume: str, tm
     again = ok("sync", f"{tls_server.url(volume)}@1", tls_server.url(f"{volume}-2"), *tls)
     assert again["outcome"] == "committed"
     assert ok("replica", "show", tls_server.url(volume), *tls)["generation"] == 1
+
+
+def test_without_grants_the_log_says_who_may_do_everything(tls_server: Server) -> None:
+    assert "whoever has a certificate may do everything" in tls_server.log.read_text()
 
 
 def test_files_may_come_from_the_environment(tls_server: Server, pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 
+import structlog
 import uvloop
 from blockferry.common import linux, rpc, telemetry
 from blockferry.common.config import USELESS, DeviceConfig, PoolConfig, ServerConfig, plaintext
@@ -26,6 +27,8 @@ from blockferry.server.scrubber import Scrubber
 from blockferry.v1 import replicas_pb2, replication_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+
+log = structlog.get_logger("blockferry.server")
 
 SHUTDOWN_SECONDS = 10.0
 """Calls in progress may finish within this time; then they are cut off."""
@@ -75,6 +78,8 @@ async def serve(config: ServerConfig) -> None:
         if config.scrub_every:
             tasks.append(asyncio.create_task(Scrubber(pools, config.scrub_every).run(), name="scrubber"))
         if credentials is not None:
+            if not config.grant:
+                log.warning("whoever has a certificate may do everything", next="say who may do what: [[grant]]")
             tasks.append(asyncio.create_task(credentials.watch(), name="certificates"))
         await stop.wait()
         await server.stop(SHUTDOWN_SECONDS)
