@@ -26,23 +26,23 @@ _MOST_BYTES = 1 << 20
 
 # --- the side of the tests --------------------------------------------------------------------------------------------
 
-_zygotes: dict[int, socket.socket] = {}
-"""By the process that started it: a worker that was forked has one of its own."""
+_zygotes: dict[tuple[int, str], socket.socket] = {}
+"""By the process that started it (a worker that was forked has one of its own), and the program."""
 
 
-def _zygote() -> socket.socket:
-    ours = _zygotes.get(os.getpid())
+def _zygote(name: str) -> socket.socket:
+    ours = _zygotes.get((os.getpid(), name))
     if ours is None:
         # Its children become ours when their parent ends, so that we can wait for them.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MOST_BYTES)
-        words = [sys.executable, "-m", "tests.zygote", str(theirs.fileno())]
+        words = [sys.executable, "-m", "tests.zygote", str(theirs.fileno()), name]
         root = Path(__file__).resolve().parents[1]
         # It ends with its socket; nobody waits for it.
         subprocess.Popen(words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, cwd=root).returncode = 0
         theirs.close()
-        _zygotes[os.getpid()] = ours
+        _zygotes[os.getpid(), name] = ours
     return ours
 
 
@@ -59,7 +59,7 @@ class Forked(subprocess.Popen[Any]):
             "env": dict(os.environ if env is None else env),
         }
         descriptors = [fd if fd != -1 else number for number, fd in enumerate((stdin, stdout, stderr))]
-        zygote = _zygote()
+        zygote = _zygote(Path(words[0]).name)
         socket.send_fds(zygote, [json.dumps(request).encode()], descriptors)
         self.pid = int(zygote.recv(64))
         self._child_created = True
@@ -77,14 +77,18 @@ def popen(words: list[str], **options: Any) -> subprocess.Popen[Any]:
 # --- the side of the programs -----------------------------------------------------------------------------------------
 
 
-def _mains() -> dict[str, Callable[[], int]]:
-    from blockferry.client.cli import config, handover, main, pki, pools, replicate  # noqa: F401 imported by main when needed
+def _main_of(name: str) -> Callable[[], int]:
+    """Import one program and nothing of the other: what is imported first may matter."""
+    if name == "blockferry":
+        from blockferry.client.cli import config, handover, main, pki, pools, replicate  # noqa: F401 main's own choice
+
+        return main.main
     from blockferry.server import main as server
 
-    return {"blockferry": main.main, "blockferry-server": server.main}
+    return server.main
 
 
-def _become(request: dict[str, Any], descriptors: list[int], mains: dict[str, Callable[[], int]]) -> None:
+def _become(request: dict[str, Any], descriptors: list[int], run: Callable[[], int]) -> None:
     """In the child: run the program to its end."""
     for number, fd in enumerate(descriptors):
         os.dup2(fd, number)
@@ -94,18 +98,17 @@ def _become(request: dict[str, Any], descriptors: list[int], mains: dict[str, Ca
     os.environ.clear()
     os.environ.update(request["env"])
     sys.argv = request["words"]
-    name = Path(sys.argv[0]).name
-    Path("/proc/self/comm").write_text(name)
+    Path("/proc/self/comm").write_text(Path(sys.argv[0]).name)
     encoding = sys.stdout.encoding
     sys.stdin = open(0, encoding=encoding, closefd=False)  # noqa: SIM115
     sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", 1, encoding=encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
     # Where it dies is read from the environment when the module is imported.
     importlib.reload(importlib.import_module("blockferry.common.disk"))
-    raise SystemExit(mains[name]())
+    raise SystemExit(run())
 
 
-def _fork(request: dict[str, Any], descriptors: list[int], mains: dict[str, Callable[[], int]], own: int) -> int | None:
+def _fork(own: int) -> int | None:
     """The process id of a child that nobody here is the parent of; None in the child."""
     reading, writing = os.pipe()
     between = os.fork()
@@ -127,16 +130,16 @@ def _fork(request: dict[str, Any], descriptors: list[int], mains: dict[str, Call
 def main() -> None:
     """Serve until the tests are gone."""
     own = socket.socket(fileno=int(sys.argv[1]))
-    mains = _mains()
+    run = _main_of(sys.argv[2])
     while True:
         data, descriptors, _, _ = socket.recv_fds(own, _MOST_BYTES, 3)
         if not data:
             return
         request = json.loads(data)
-        pid = _fork(request, descriptors, mains, own.fileno())
+        pid = _fork(own.fileno())
         if pid is None:
             own.detach()
-            _become(request, descriptors, mains)
+            _become(request, descriptors, run)
         for fd in descriptors:
             os.close(fd)
         own.send(str(pid).encode())

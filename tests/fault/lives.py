@@ -17,7 +17,7 @@ import pytest
 from blockferry.client.commits import CommitLedger
 from blockferry.common import disk
 from blockferry.common.digests import digest
-from blockferry.common.durable import Log, write_unsynced
+from blockferry.common.durable import Log, write_new, write_unsynced
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
 from blockferry.common.volumes import ImageVolume
@@ -341,6 +341,7 @@ class Life:
 
 
 REFUSED: dict[str, object] = {"number": 99}
+KEY = b"secret"
 
 
 @dataclass(frozen=True)
@@ -397,6 +398,28 @@ class LogLife:
             assert not (promises.refused and REFUSED in log.records), "a record that was refused is there"
         finally:
             log.close()
+
+
+class NewFileLife:
+    """A file that must never be there in part, such as a private key."""
+
+    def __init__(self) -> None:
+        self.log: list[Operation] = []
+
+    def live(self, root: Path) -> None:
+        """Make it, and say so."""
+        recorder = Recorder(root)
+        with recorder.recording():
+            write_new(root / "key", KEY)
+            recorder.mark(Seen(1))
+        self.log = recorder.log
+
+    def promises(self) -> _Records:
+        return _Records()
+
+    async def check(self, root: Path, promises: _Records) -> None:
+        found = (root / "key").read_bytes() if (root / "key").exists() else None
+        assert found in ((KEY,) if promises.count else (KEY, None))
 
 
 class RefusedLogLife(LogLife):

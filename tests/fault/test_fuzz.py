@@ -280,8 +280,9 @@ def test_whatever_arrives(fuzzed: Server, tmp_path: Path) -> None:
         assert done >= EXAMPLES and settled
         assert resident(fuzzed.pid) < settled + GROWTH
         # Many were understood, and many were not.
-        assert client.statuses["OK"] > EXAMPLES // 25, client.statuses
-        assert client.statuses["INVALID_ARGUMENT"] > EXAMPLES // 25, client.statuses
+        # About 4 % and 80 % of a run; far below that it would have lost its way.
+        assert client.statuses["OK"] >= EXAMPLES // 60, client.statuses
+        assert client.statuses["INVALID_ARGUMENT"] >= EXAMPLES // 12, client.statuses
         log = fuzzed.log.read_text()
         assert '"bug"' not in log and "Traceback" not in log
     finally:

@@ -135,7 +135,7 @@ Scenes = Callable[[bool], Scene]
 def pools(request: pytest.FixtureRequest) -> Iterator[Mapping[bool, Path]]:
     """Pools to copy, in which two generations are committed; in the second one the older of them is promoted and was
     worked on."""
-    root = own_directory(request.getfixturevalue(KINDS[request.param]), "handover-crashes")
+    root = own_directory(request.getfixturevalue(KINDS[request.param]), "handover-crashes") / request.param
     pool = root / "committed"
     (pool / ".seeds").mkdir(parents=True)
     server = DoomedServer(pool)
@@ -149,7 +149,7 @@ def pools(request: pytest.FixtureRequest) -> Iterator[Mapping[bool, Path]]:
         change(pool / VOLUME / "promoted.img", [(0, noise("worked on", BLOCK)), (3 * REGION, Hole(REGION))])
     server.stop()
     yield {False: root / "as-committed", True: pool}
-    shutil.rmtree(root)
+    shutil.rmtree(root.parent)
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def scenes(pools: Mapping[bool, Path], tmp_path: Path) -> Iterator[Scenes]:
         root = pools[False].parent
         pool = root / f"pool-of-{tmp_path.name}"
         shutil.copytree(pools[promoted], pool)
-        made.append(Scene(DoomedServer(pool), root.name.rpartition("-")[2], {n: content(n) for n in (1, 2)}))
+        made.append(Scene(DoomedServer(pool), root.name, {n: content(n) for n in (1, 2)}))
         return made[-1]
 
     yield make

@@ -32,7 +32,7 @@ from blockferry.server.store import Store
 
 from tests.fault.device_lives import DeviceLife
 from tests.fault.handover_lives import AdoptionLife, DeletionLife, HandoverLife
-from tests.fault.lives import REGION, SNAPSHOTS, Life, LogLife, Recorded, RefusedLogLife, World
+from tests.fault.lives import REGION, SNAPSHOTS, Life, LogLife, NewFileLife, Recorded, RefusedLogLife, World
 from tests.fault.powerloss import (
     Call,
     FileSystem,
@@ -281,7 +281,7 @@ def proofs(scratch: Path, lives: dict[bool, Life], handed_over: list[Recorded]) 
     """Lives that show between them what each flush is for."""
     commits = [call for call in _flushes(lives[True]) if "commit" in call.purpose and "append" in call.purpose]
     taken_over = [_lived(scratch, clones=True, doomed=_before(call, 0)) for call in commits]
-    logs = [LogLife(), RefusedLogLife()]
+    logs: list[LogLife | NewFileLife] = [LogLife(), RefusedLogLife(), NewFileLife()]
     for log in logs:
         with tempfile.TemporaryDirectory(dir=scratch) as root:
             log.live(Path(root))

@@ -17,7 +17,8 @@ from tests.images import BLOCK, KIB, differing_blocks, noise
 from tests.support import PROGRAMS, Report, Server
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-SECTION = README[README.index("### The worst day") : README.index("## What works today")]
+START = README.index("### The worst day")
+SECTION = README[START : README.index("\n##", START)]
 LINES = "".join(re.findall(r"^```\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)).splitlines()
 
 

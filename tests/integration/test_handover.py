@@ -106,8 +106,9 @@ def test_a_point_is_handed_out(server: Server, raw: Raw, volume: str, source: Pa
 def test_what_cannot_be_promoted(server: Server, raw: Raw, volume: str, source: Path) -> None:
     url = server.url(volume)
     refused_json(run_cli("replica", "promote", url, "--yes", "--json", "--quiet"), "not-found", volume)
-    raw.open(volume, SIZE)
+    opened = raw.open(volume, SIZE)
     refused(run_cli("replica", "promote", url, "--yes", "--quiet"), volume, "its first sync has not finished")
+    raw.abort(opened.session)
     assert raw.state(volume) == "SYNCING"
     replicated(raw, source, volume, 1)
     refused(run_cli("replica", "promote", f"{url}@7", "--yes", "--quiet"), volume, "no generation 7")

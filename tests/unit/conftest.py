@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 from blockferry.server.store import Store
 from hypothesis import settings
 
@@ -63,5 +64,13 @@ def home(place: Place, kind: str) -> Path:
 def store(home: Path, kind: str) -> Iterator[Store]:
     """A new replica."""
     made = Store.create(home / "db", REGION, clones=clones_on(kind))
+    yield made
+    made.abandon()
+
+
+@pytest_asyncio.fixture(params=["ext4", "xfs"])
+async def reserving(request: pytest.FixtureRequest, place: Place) -> AsyncIterator[Store]:
+    """A new replica with a journal, on a file system that tells what is reserved from what is written."""
+    made = Store.create(place(str(request.param)) / "db", REGION, clones=False)
     yield made
     made.abandon()

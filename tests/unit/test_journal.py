@@ -45,14 +45,6 @@ async def store(place: Place) -> AsyncIterator[Store]:
     made.abandon()
 
 
-@pytest_asyncio.fixture(params=["ext4", "xfs"])
-async def reserving(request: pytest.FixtureRequest, place: Place) -> AsyncIterator[Store]:
-    """A new replica with a journal, on a file system that tells what is reserved from what is written."""
-    made = Store.create(place(str(request.param)) / "db", REGION, clones=False)
-    yield made
-    made.abandon()
-
-
 async def test_many_generations_are_read_through_their_before_images(store: Store) -> None:
     for number in range(1, 10):
         await record(store, number)

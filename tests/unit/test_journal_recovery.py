@@ -49,14 +49,6 @@ async def store(place: Place) -> AsyncIterator[Store]:
     made.abandon()
 
 
-@pytest_asyncio.fixture(params=["ext4", "xfs"])
-async def reserving(request: pytest.FixtureRequest, place: Place) -> AsyncIterator[Store]:
-    """A new replica with a journal, on a file system that tells what is reserved from what is written."""
-    made = Store.create(place(str(request.param)) / "db", REGION, clones=False)
-    yield made
-    made.abandon()
-
-
 class Crash(Exception):
     """The process is gone."""
 

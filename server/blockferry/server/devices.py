@@ -13,7 +13,7 @@ from pathlib import Path
 from blockferry.common.address import check_volume_name
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.nbd.uri import NbdUri, is_nbd_uri
-from blockferry.common.retention import DEFAULT, Retention
+from blockferry.common.retention import Retention
 from blockferry.common.units import parse_size
 
 _USAGE = "write NAME=/dev/…,journal=DIR or NAME=nbd://…,journal=DIR, and perhaps ,limit=SIZE"
@@ -28,8 +28,8 @@ class DeviceSpec:
     uri: str
     journal: Path
     journal_limit: int = 0
-    floor: Retention = DEFAULT
-    """Recovery points kept whatever a source asks for."""
+    floor: Retention | None = None
+    """Recovery points kept whatever a source asks for; None: as in the pool that its journal lies in."""
     insecure: bool = False
     """Plaintext to an export on another machine is allowed."""
 

@@ -157,8 +157,9 @@ class Pool:
 
     def _replica(self, name: str, store: Store) -> Replica:
         room = ReplicaRoom(self.room, name, store.directory)
-        floor = self.devices[name].floor if name in self.devices else self._floor
-        return Replica(name, self.name, store, self._lease, floor, room)
+        device = self.devices.get(name)
+        floor = device.floor if device is not None else None
+        return Replica(name, self.name, store, self._lease, floor or self._floor, room)
 
     def list(self) -> list[Replica]:
         """All replicas, by name."""
