@@ -138,6 +138,7 @@ class Replica:
             volume=work,
             snapshot_id=snapshot_id,
             owner=owner,
+            last_seen=time.monotonic(),
             settled=settled,
             digests=digests,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -27,13 +26,13 @@ class Session:
     snapshot_id: str
     owner: str
     """The identity that opened it; empty where there are none."""
+    last_seen: float
+    """Monotonic seconds of the last call."""
     settled: BitMap
     """Regions that hold what the source's immutable snapshot holds."""
     digests: DigestCache
     allocated: BitMap | None = None
     """Regions that may hold data, once a map was asked for; all others are proven zero."""
-    last_seen: float = field(default_factory=lambda: time.monotonic())
-    """Monotonic seconds of the last call."""
     failed: BlockferryError | None = None
     """A flush failed: nothing about the work image can be believed any more (invariant 3)."""
     applying: asyncio.Lock = field(default_factory=asyncio.Lock)
