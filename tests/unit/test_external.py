@@ -3,6 +3,8 @@ of it and for how long, and how it is handed out and taken back. The device is a
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import pytest_asyncio
 from blockferry.common.durable import Log
 from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.volumes import Volume
 from blockferry.server import pool as pool_module
 from blockferry.server.cache import DigestCache
 from blockferry.server.devices import DeviceSpec, check_distinct_devices, parse_device
@@ -511,3 +514,37 @@ async def test_a_server_of_devices_alone_makes_no_other_replicas(
         assert (await pools.get_or_create("db", 2 * REGION, size=SIZE)).store.identity.region_size == 2 * REGION
     finally:
         await pools.close()
+
+
+async def test_nothing_stays_open_that_was_being_opened(
+    device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device may be slow: whoever lets go of it meanwhile is not to find it open later."""
+    directory = tmp_path / "db"
+    directory.mkdir()
+    base = base_of(device, directory)
+    opened, go_on = asyncio.Event(), asyncio.Event()
+    real = base._open
+
+    async def slow() -> Volume:
+        volume = await real()
+        opened.set()
+        await go_on.wait()
+        return volume
+
+    monkeypatch.setattr(base, "_open", slow)
+    opening = asyncio.create_task(base.opened(0))
+    await opened.wait()
+    base.let_go()
+    go_on.set()
+    with pytest.raises(BlockferryError, match="is not in use any more"):
+        await opening
+    assert str(device) not in open_files()
+
+
+def open_files() -> set[str]:
+    found = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.add(str(link.readlink()))
+    return found

@@ -52,6 +52,8 @@ class ExternalBase(Base):
         self._volume: Volume | None = None
         self._opening: asyncio.Task[Volume] | None = None
         self._doubtful = False
+        self._over = False
+        """It was let go of for good."""
 
     @property
     def location(self) -> str:
@@ -126,6 +128,15 @@ class ExternalBase(Base):
             raise
         self._volume, self._doubtful = volume, False
         self.hold = 1 + secrets.randbits(62)
+        if self._over:
+            # Whoever asked for it has gone, and nobody will close it.
+            self.let_go()
+            raise BlockferryError(
+                Code.UNAVAILABLE,
+                f"{self.location} is not in use any more",
+                cause="its replica is being closed",
+                next="run it again when the server is back",
+            )
         return volume
 
     def _bound(self) -> Binding | None:
@@ -206,6 +217,7 @@ class ExternalBase(Base):
             await volume.close()
 
     def let_go(self) -> None:
+        self._over = True
         volume, self._volume = self._volume, None
         if volume is not None:
             self._let_go(volume)
