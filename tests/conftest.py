@@ -49,8 +49,6 @@ def _own_state_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     """Commit ids of test runs stay out of the home directory of whoever runs them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-        # Ours, of the imports of this process; programs have their own.
-        patch.delenv("GRPC_VERBOSITY", raising=False)
         yield
 
 

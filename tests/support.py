@@ -163,7 +163,7 @@ class Server:
     @property
     def environment(self) -> dict[str, str]:
         """What the process has for its environment."""
-        return dict(os.environ)
+        return zygote.environment()
 
     def start(self) -> Server:
         """Start and wait until it says where it listens; a later start takes the same port again."""

@@ -30,6 +30,11 @@ _zygotes: dict[tuple[int, str], socket.socket] = {}
 """By the process that started it (a worker that was forked has one of its own), and the program."""
 
 
+def environment() -> dict[str, str]:
+    """Of programs: what imports and calls of ours have put into that of the tests is not meant for them."""
+    return {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+
+
 def _zygote(name: str) -> socket.socket:
     ours = _zygotes.get((os.getpid(), name))
     if ours is None:
@@ -40,7 +45,9 @@ def _zygote(name: str) -> socket.socket:
         words = [sys.executable, "-m", "tests.zygote", str(theirs.fileno()), name]
         root = Path(__file__).resolve().parents[1]
         # It ends with its socket; nobody waits for it.
-        subprocess.Popen(words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, cwd=root).returncode = 0
+        subprocess.Popen(
+            words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, cwd=root, env=environment()
+        ).returncode = 0
         theirs.close()
         _zygotes[os.getpid(), name] = ours
     return ours
@@ -56,7 +63,7 @@ class Forked(subprocess.Popen[Any]):
         request = {
             "words": list(map(os.fspath, words)),
             "cwd": os.fspath(cwd or os.getcwd()),
-            "env": dict(os.environ if env is None else env),
+            "env": env,
         }
         descriptors = [fd if fd != -1 else number for number, fd in enumerate((stdin, stdout, stderr))]
         zygote = _zygote(Path(words[0]).name)
@@ -71,7 +78,7 @@ class Forked(subprocess.Popen[Any]):
 def popen(words: list[str], **options: Any) -> subprocess.Popen[Any]:
     """`Popen` of `words`, forked if that is one of our programs."""
     ours = words[0] in {str(PROGRAMS / name) for name in NAMES}
-    return (Forked if ours else subprocess.Popen)(words, **options)
+    return (Forked if ours else subprocess.Popen)(words, **{"env": environment(), **options})
 
 
 # --- the side of the programs -----------------------------------------------------------------------------------------

@@ -18,7 +18,10 @@ import structlog
 log = structlog.get_logger("blockferry.tls")
 
 _LINE = re.compile(rb"Handshake failed with error (?:\w+: )?(.*)")
-_NOISE = re.compile(rb"I\d{4} \d\d:\d\d:|W\d{4} .* log\.cc:\d+\] Log level INFO is not suitable")
+_NOISE = re.compile(
+    rb"I\d{4} \d\d:\d\d:|W\d{4} .* log\.cc:\d+\] Log level INFO is not suitable|E\d{4} .* add_port\.cc:\d+\] "
+)
+"""The last is said by an error of ours."""
 _CAUSES = {
     b"PEER_DID_NOT_RETURN_A_CERTIFICATE": "the client shows no certificate",
     b"certificate has expired": "the client's certificate has expired",
