@@ -494,7 +494,10 @@ async def test_a_server_of_devices_alone_makes_no_other_replicas(
 ) -> None:
     monkeypatch.setattr(pool_module, "external_base", FileBase)
     specs = [DeviceSpec("db", str(device), tmp_path), DeviceSpec("gone", str(tmp_path / "gone"), tmp_path)]
+    # Of somebody else, and nobody's replica.
+    (tmp_path / "other").mkdir()
     pools = await Pools.open(with_devices([], specs), 60.0)
+    assert [name for pool in pools for name in pool.names] == ["db", "gone"]
     try:
         with pytest.raises(BlockferryError, match="devices only: db, gone") as caught:
             await pools.get_or_create("other", 0)

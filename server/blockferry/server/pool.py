@@ -120,7 +120,7 @@ class Pool:
         for entry in sorted(self.path.iterdir()):
             if entry.name.startswith((NEW_PREFIX, DELETED_PREFIX)):
                 shutil.rmtree(entry)
-            elif entry.is_dir() and is_volume_name(entry.name):
+            elif entry.is_dir() and is_volume_name(entry.name) and self._is_ours(entry.name):
                 self.names.append(entry.name)
         if self._identity.verdict in (Verdict.NEW, Verdict.RESTORED):
             self._doubt()
@@ -135,6 +135,10 @@ class Pool:
                 continue
             self._replicas[name] = self._replica(name, store)
         self._identity.settle({name: replica.store.generations.last_number for name, replica in self._replicas.items()})
+
+    def _is_ours(self, name: str) -> bool:
+        """A directory for journals alone may hold other things, too."""
+        return not self._only_devices or name in self.devices
 
     def _doubt(self) -> None:
         """Invariant 1: in files that are not known to be those this pool had before, nothing vouches for content. Gone
