@@ -165,6 +165,15 @@ def test_group_runs_keeps_every_number_in_order(runs: list[tuple[int, int]], mos
     assert all(1 <= len(group) <= most for group in groups[-1:])
 
 
+@given(st.sets(st.integers(0, 99)), st.integers(1, 200))
+def test_a_map_is_cut_to_another_size(allocated: set[int], count: int) -> None:
+    found = AllocationMap(Geometry(100 * 65536, 65536), BitMap(allocated), Provenance.CONSERVATIVE)
+    other = Geometry(count * 65536, 65536)
+    cut = found.cut_to(other)
+    assert (cut.geometry, cut.provenance) == (other, Provenance.CONSERVATIVE)
+    assert set(cut.regions) == {region for region in allocated if region < count}
+
+
 def test_adjacent_runs_are_one_map() -> None:
     found = AllocationMap.from_runs(Geometry(10 * 65536, 65536), [(2, 3), (5, 2)], Provenance.EXACT)
     assert list(found.runs()) == [(2, 5)]

@@ -42,8 +42,8 @@ Region = tuple[int, memoryview]
 Part = tuple[int, memoryview]
 """(offset in the volume, the bytes of consecutive regions from there)"""
 
-Handler = Callable[[Sequence[Run], Sequence[Part]], Awaitable[None]]
-"""(runs of regions, for each of them the buffer to fill)"""
+Handler = Callable[[Sequence[Part]], Awaitable[None]]
+"""Takes the parts whose buffers are to be filled."""
 
 
 class Transfer:
@@ -110,7 +110,7 @@ class Transfer:
     async def _handle(self, handle: Handler, runs: Sequence[Run], buffer: bytearray) -> None:
         try:
             extents = [self._geometry.extent(*run) for run in runs]
-            await handle(runs, parts_of(memoryview(buffer), extents, self._geometry.size))
+            await handle(parts_of(memoryview(buffer), extents, self._geometry.size))
         finally:
             self._buffers.release(buffer)
 
@@ -129,7 +129,7 @@ class Transfer:
 
     # --- source only: send what is not zero ------------------------------------------------------------------------
 
-    async def _send(self, runs: Sequence[Run], parts: Sequence[Part]) -> None:
+    async def _send(self, parts: Sequence[Part]) -> None:
         held = await self._read_held(parts)
         regions = list(self._regions(parts))
         changes = await in_thread(self._writes_of_parts, parts, held)
@@ -143,9 +143,11 @@ class Transfer:
 
     # --- both: compare, then send what differs ---------------------------------------------------------------------
 
-    async def _compare(self, runs: Sequence[Run], parts: Sequence[Part]) -> None:
+    async def _compare(self, parts: Sequence[Part]) -> None:
+        size = self._geometry.region_size
+        runs = [(offset // size, -(-len(data) // size)) for offset, data in parts]
         ours, theirs = await asyncio.gather(
-            self._read_and_digest(parts), self._session.digests(self._geometry.region_size, runs, self._tally)
+            self._read_and_digest(parts), self._session.digests(size, runs, self._tally)
         )
         differing = differing_pieces(ours, theirs, REGION_DIGEST_SIZE)
         regions = list(self._regions(parts))

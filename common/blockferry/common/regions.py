@@ -176,6 +176,10 @@ class AllocationMap:
             regions.add_range(first, end)
         return cls(geometry, regions, provenance)
 
+    def cut_to(self, geometry: Geometry) -> AllocationMap:
+        """What is known of those of the regions that a volume of another size has, too. Costs what is allocated."""
+        return AllocationMap(geometry, self.regions & AllocationMap.full(geometry).regions, self.provenance)
+
     def runs(self) -> Iterator[Run]:
         """Allocated run lengths, ascending."""
         return runs_of(self.regions, self.geometry.count)

@@ -24,7 +24,6 @@ from blockferry.server.base import Base
 from blockferry.server.cache import Stamp
 from blockferry.server.devices import DeviceSpec
 from blockferry.server.generations import corrupt
-from pyroaring import BitMap
 
 BINDING_NAME = "device.json"
 
@@ -306,9 +305,7 @@ class Window(Volume):
         return self._volume.zeroing
 
     async def allocation(self, region_size: int) -> AllocationMap:
-        geometry = Geometry(self.size, region_size)
-        found = await self._volume.allocation(region_size)
-        return AllocationMap(geometry, found.regions & BitMap(range(geometry.count)), found.provenance)
+        return (await self._volume.allocation(region_size)).cut_to(Geometry(self.size, region_size))
 
     async def data_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
         return await self._volume.data_extents(offset, length)
@@ -321,6 +318,9 @@ class Window(Volume):
 
     async def read_data_into(self, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
         return await self._volume.read_data_into(offset, buffer)
+
+    async def read_data_many(self, parts: Sequence[tuple[int, memoryview]]) -> list[list[tuple[int, int]]]:
+        return await self._volume.read_data_many(parts)
 
     async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
         await self._volume.write(extents)

@@ -18,7 +18,7 @@ from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Prove
 from blockferry.common.volumes import Volume, in_thread
 from blockferry.server.delta import Delta, blocks_of, runs
 from blockferry.server.gate import Gate
-from pyroaring import BitMap, BitMap64
+from pyroaring import BitMap64
 
 Layers = Sequence[Delta]
 """Newest first."""
@@ -120,7 +120,7 @@ class OverlayVolume(Volume):
                 extents = await self._data_extents(0, self.size)
                 found = AllocationMap.from_extents(geometry, extents, below.provenance)
             else:
-                found = AllocationMap(geometry, below.regions & _regions(geometry.count), below.provenance)
+                found = below.cut_to(geometry)
         if found.provenance is Provenance.ABSENT and len(found.regions) < geometry.count:
             # Of the base nothing is known; what a delta has zeroed, or the volume has grown by, is.
             return AllocationMap(geometry, found.regions, Provenance.CONSERVATIVE)
@@ -228,12 +228,6 @@ class OverlayVolume(Volume):
 
     async def close(self) -> None:
         """The base and the deltas belong to whoever made this."""
-
-
-def _regions(count: int) -> BitMap:
-    every = BitMap()
-    every.add_range(0, count)
-    return every
 
 
 def _clip(blocks: BitMap64, wanted: range) -> BitMap64:
