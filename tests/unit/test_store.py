@@ -355,6 +355,15 @@ async def test_a_commit_that_is_not_complete_has_no_digests_to_trust(store: Stor
     assert store.generations.newest == point
 
 
+async def test_who_completes_the_commit_of_a_dead_process_trusts_nothing_it_knew(store: Store) -> None:
+    await commit(store, 1)
+    await recorded(store, 2, digests=known_digests())
+    again = reopened(store)
+    await again.complete()
+    assert trusted(again) is None
+    again.abandon()
+
+
 def touch_image(image: Path) -> None:
     with image.open("r+b") as file:
         file.write(b"y")

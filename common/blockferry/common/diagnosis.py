@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import socket
 import ssl
+from collections.abc import Callable
+from typing import TypeVar
 
 from blockferry.common.address import Address
 from blockferry.common.errors import BlockferryError, Code
@@ -15,9 +17,46 @@ from blockferry.common.tls import Material, client_context
 PROBE_SECONDS = 3.0
 """For each step: connecting, the handshake, the server's first word."""
 
+T = TypeVar("T")
+
 # X509_V_ERR_* of OpenSSL.
 _NOT_YET_VALID, _EXPIRED = 9, 10
 _OTHER_NAME = (62, 64)
+
+
+class _Connection:
+    """TLS over a socket that stays the caller's: `SSLContext.wrap_socket` leaks one whose peer is already gone."""
+
+    def __init__(self, context: ssl.SSLContext, raw: socket.socket, host: str) -> None:
+        context.set_alpn_protocols(["h2"])
+        self._raw = raw
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+
+    def shake_hands(self) -> None:
+        """Raises OSError, of which ssl.SSLError is one."""
+        self._carry(self._tls.do_handshake)
+
+    def hears(self) -> bool:
+        """Whether the peer says anything before it closes. Raises OSError."""
+        return self._carry(lambda: self._tls.read(1)) != b""
+
+    def _carry(self, step: Callable[[], T]) -> T:
+        while True:
+            try:
+                result = step()
+                self._send()
+                return result
+            except ssl.SSLWantReadError:
+                self._send()
+                if data := self._raw.recv(65536):
+                    self._incoming.write(data)
+                else:
+                    self._incoming.write_eof()
+
+    def _send(self) -> None:
+        if data := self._outgoing.read():
+            self._raw.sendall(data)
 
 
 def why_unreachable(address: Address, material: Material | None) -> BlockferryError | None:
@@ -33,10 +72,9 @@ def why_unreachable(address: Address, material: Material | None) -> BlockferryEr
 
 
 def _over_tls(address: Address, material: Material, raw: socket.socket) -> BlockferryError | None:
-    context = client_context(material.files)
-    context.set_alpn_protocols(["h2"])
+    connection = _Connection(client_context(material.files), raw, address.host)
     try:
-        connection = context.wrap_socket(raw, server_hostname=address.host)
+        connection.shake_hands()
     except ssl.SSLCertVerificationError as error:
         return _server_refused(address, error)
     except ssl.SSLError as error:
@@ -46,14 +84,13 @@ def _over_tls(address: Address, material: Material, raw: socket.socket) -> Block
                 "--tls-cert, --tls-key and --tls-ca",
             )  # fmt: skip
         return _we_were_refused(address, material, error.reason) if "ALERT" in (error.reason or "") else None
-    with connection:
-        # Since TLS 1.3 a server refuses after the handshake is over for its client. One that agrees speaks first.
-        try:
-            return None if connection.recv(1) else _we_were_refused(address, material, "")
-        except TimeoutError:
-            return None
-        except OSError as error:
-            return _we_were_refused(address, material, getattr(error, "reason", ""))
+    # Since TLS 1.3 a server refuses after the handshake is over for its client. One that agrees speaks first.
+    try:
+        return None if connection.hears() else _we_were_refused(address, material, "")
+    except TimeoutError:
+        return None
+    except OSError as error:
+        return _we_were_refused(address, material, getattr(error, "reason", ""))
 
 
 def _server_refused(address: Address, error: ssl.SSLCertVerificationError) -> BlockferryError:
@@ -90,9 +127,8 @@ def _we_were_refused(address: Address, material: Material, reason: str | None) -
 def _in_the_clear(address: Address, raw: socket.socket) -> BlockferryError | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    context.set_alpn_protocols(["h2"])
     try:
-        context.wrap_socket(raw, server_hostname=address.host).close()
+        _Connection(context, raw, address.host).shake_hands()
     except OSError:
         return None
     return _failed(

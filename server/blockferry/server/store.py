@@ -128,6 +128,7 @@ class Store:
                 # Its name may be in memory only, whoever gave it: durable before anybody has a session.
                 disk.fsync_directory(directory.parent)
             self._stamps = self._take_clean_stamps()
+            self._committed_here: set[bytes] = set()
             self.content: Content
             if base is None and clones and not JournalContent.is_in(directory):
                 self.content = CloneContent(directory, self.generations)
@@ -211,6 +212,7 @@ class Store:
         self.generations.close()
         self.generations = generations
         self._stamps = {}
+        self._committed_here = set()
         self.session = await in_thread(self._read_session)
         await self.content.reload(generations)
         await in_thread(self._remove_strays)
@@ -299,6 +301,7 @@ class Store:
     def distrust(self, point: Point) -> None:
         """The image was found to hold something else than was committed: let the next sync read it."""
         self._stamps.pop(point.commit_id, None)
+        self._committed_here.discard(point.commit_id)
 
     # --- sessions -------------------------------------------------------------------------------------------------
 
@@ -371,6 +374,7 @@ class Store:
         await self.content.seal(work, point)
         await self.content.publish(point, lambda: self.generations.commit(point, demotes=demotes))
         disk.crash_point("commit-recorded")
+        self._committed_here.add(commit_id)
         await self._stamp(point)
         return point
 
@@ -379,7 +383,9 @@ class Store:
         newest = self.generations.newest
         if newest is not None and self.content.incomplete:
             await self.content.complete()
-            await self._stamp(newest)
+            # What another process committed may lie on an image that was touched between the two.
+            if newest.commit_id in self._committed_here:
+                await self._stamp(newest)
 
     async def _stamp(self, point: Point) -> None:
         stamp = None if self.content.incomplete else await in_thread(self.content.stamp, point)
