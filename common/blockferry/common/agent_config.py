@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import msgspec
-from blockferry.common.address import Address, is_address, is_loopback
+from blockferry.common.address import Address, is_address
 from blockferry.common.nbd.uri import NbdUri, is_nbd_uri
 from blockferry.common.regions import check_region_size
 from blockferry.common.retention import Retention
@@ -19,6 +19,7 @@ from blockferry.common.settings import (
     SIZE,
     AbsolutePath,
     Grant,
+    HostAndPort,
     InFlight,
     Listen,
     Name,
@@ -84,13 +85,6 @@ def _word(text: str) -> str:
     return text
 
 
-def _host_and_port(text: str) -> str:
-    host, colon, port = text.rpartition(":")
-    if not (host and colon and port.isascii() and port.isdigit() and int(port[:6]) < 65536):
-        raise bad(f"{text!r} is not HOST:PORT", 'write it like "127.0.0.1:9871" (port 0: any free one)')
-    return text
-
-
 def _region_size(text: str) -> int:
     return check_region_size(parse_size(text))
 
@@ -99,7 +93,6 @@ Source = Annotated[str, Reads(_source, "an absolute path, or the URI of an expor
 Destination = Annotated[str, Reads(_destination, 'an address such as "grpcs://dr1:9870/db"')]
 Rpo = Annotated[int, Reads(between(parse_duration, 1, 30 * DAY, "1s to 30d"), DURATION, numbers=True)]
 TimeLimit = Annotated[float, Reads(between(parse_seconds, 0.1, DAY, "0.1s to 24h"), 'a duration such as "60s"')]
-HostAndPort = Annotated[str, Reads(_host_and_port, "HOST:PORT")]
 Words = tuple[Annotated[str, Reads(_word, "text")], ...]
 """A program and its arguments: no shell reads it."""
 
@@ -191,14 +184,6 @@ class AgentConfig(msgspec.Struct, frozen=True):
 def check_agent(config: AgentConfig, sound: Sound) -> Iterator[Problem]:
     """What is wrong between keys."""
     yield from check_serving(config, sound)
-    if config.status_page and not config.insecure and sound("insecure") and sound("status_page"):
-        host = config.status_page.rpartition(":")[0].strip("[]")
-        if not is_loopback(host):
-            yield Problem(
-                "status_page",
-                "it has no TLS, and other machines could read the names of volumes",
-                "use a loopback address, or insecure = true if the network itself is trusted",
-            )
     policies = {name: policy for name, policy in config.policy.items() if sound(join("policy", name))}
     for name, policy in policies.items():
         path = join("policy", name)

@@ -24,6 +24,7 @@ from blockferry.common.settings import (
     Count,
     Duration,
     Grant,
+    HostAndPort,
     InFlight,
     Lease,
     Listen,
@@ -107,6 +108,8 @@ class ServerConfig(msgspec.Struct, frozen=True):
     """`server.toml`."""
 
     listen: tuple[Listen, ...] = (DEFAULT_LISTEN,)
+    status_page: HostAndPort | None = None
+    """None: no metrics over HTTP."""
     insecure: bool = False
     scrub_every: Duration = 0
     """Seconds; 0: never."""

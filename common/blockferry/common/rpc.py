@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import importlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
 
 import grpc
@@ -225,17 +226,34 @@ class Gatekeeper(Protocol):
         What is returned says whether the call may still go on. Both raise PERMISSION or TLS, and have logged why."""
 
 
+@dataclass
+class Outcome:
+    """How a call ended: `ok`, a code of ours, or `cancelled` where its client went away."""
+
+    code: str = "cancelled"
+
+
+Watch = Callable[[str], contextlib.AbstractContextManager[Outcome]]
+"""Wraps every call; gets its name, `Service/Method`, and knows at the end how it came out."""
+
+
+def unwatched(_: str) -> contextlib.AbstractContextManager[Outcome]:
+    """Nobody wants to know."""
+    return contextlib.nullcontext(Outcome())
+
+
 def _guarded(
     method: MethodDescriptor,
     implementation: Callable[..., Any],
     gatekeeper: Gatekeeper,
     decode: Callable[[bytes], Any],
+    watch: Watch,
 ) -> Callable[..., Any]:
     """Wrap a servicer method so that nothing runs that is not admitted, every failure leaves with its fields, and a bug
     with a line in the log. Requests are decoded here, because gRPC has no words for one that cannot be."""
     name = f"{method.containing_service.name}/{method.name}"
 
-    async def failed(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+    async def failed(context: grpc.aio.ServicerContext[Any, Any], error: Exception, outcome: Outcome) -> None:
         if isinstance(error, OSError):
             error = from_os_error(error, f"{method.name} failed")
         if isinstance(error, DecodeError):
@@ -248,40 +266,46 @@ def _guarded(
         if error.code not in (Code.PERMISSION, Code.TLS):
             fields = {key: value for key, value in error.fields().items() if value is not None}
             _log().info("refused", method=method.name, **fields)
+        outcome.code = error.code.value
         await abort(context, error)
 
     if method.server_streaming:
 
         async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            try:
-                if method.client_streaming:
-                    first = await anext(request, None)
-                    first = first if first is None else decode(first)
-                    still = gatekeeper.admit(name, first, context)
-                    request = _admitted(first, request, still, decode)
-                else:
-                    request = decode(request)
-                    still = gatekeeper.admit(name, request, context)
-                async with contextlib.aclosing(implementation(request, context)) as responses:
-                    async for response in responses:
-                        still()
-                        yield response
-            except grpc.aio.AbortError:
-                raise
-            except Exception as error:
-                await failed(context, error)
+            with watch(name) as outcome:
+                try:
+                    if method.client_streaming:
+                        first = await anext(request, None)
+                        first = first if first is None else decode(first)
+                        still = gatekeeper.admit(name, first, context)
+                        request = _admitted(first, request, still, decode)
+                    else:
+                        request = decode(request)
+                        still = gatekeeper.admit(name, request, context)
+                    async with contextlib.aclosing(implementation(request, context)) as responses:
+                        async for response in responses:
+                            still()
+                            yield response
+                    outcome.code = "ok"
+                except grpc.aio.AbortError:
+                    raise
+                except Exception as error:
+                    await failed(context, error, outcome)
 
         return stream
 
     async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        try:
-            request = decode(request)
-            gatekeeper.admit(name, request, context)
-            return await implementation(request, context)
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:
-            await failed(context, error)
+        with watch(name) as outcome:
+            try:
+                request = decode(request)
+                gatekeeper.admit(name, request, context)
+                response = await implementation(request, context)
+                outcome.code = "ok"
+                return response
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                await failed(context, error, outcome)
 
     return unary
 
@@ -305,6 +329,7 @@ def add_service(
     gatekeeper: Gatekeeper,
     *,
     raw: Collection[str] = (),
+    watch: Watch = unwatched,
 ) -> None:
     """Serve every method of `service` by the method of `servicer` with the same name. Missing ones are
     UNIMPLEMENTED. Methods in `raw` get the bytes of their requests and parse them themselves."""
@@ -321,6 +346,7 @@ def add_service(
                 implementation,
                 gatekeeper,
                 bytes if method.name in raw else message_class(method.input_type).FromString,
+                watch,
             ),
             request_deserializer=None,
             response_serializer=message_class(method.output_type).SerializeToString,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
-from blockferry.common.address import Address, check_volume_name
+from blockferry.common.address import Address, check_volume_name, is_loopback
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.strict import Problem, Reads
 from blockferry.common.units import parse_duration, parse_seconds, parse_size
@@ -46,6 +46,13 @@ def _san(text: str) -> str:
     return text
 
 
+def _host_and_port(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    if not (host and colon and port.isascii() and port.isdigit() and int(port[:6]) < 65536):
+        raise bad(f"{text!r} is not HOST:PORT", 'write it like "127.0.0.1:9871" (port 0: any free one)')
+    return text
+
+
 def between(parse: Callable[[str], Any], least: float, most: float, words: str) -> Callable[[str], Any]:
     """`parse`, and a range; `words` is the range as people would write it."""
 
@@ -69,6 +76,7 @@ DURATION = 'a duration such as "7d"'
 AbsolutePath = Annotated[Path, Reads(absolute, "an absolute path")]
 KeyPath = Annotated[Path, Reads(absolute, "the absolute path of a file with a private key", secret=True)]
 Name = Annotated[str, Reads(check_volume_name, "a name")]
+HostAndPort = Annotated[str, Reads(_host_and_port, "HOST:PORT")]
 Listen = Annotated[str, Reads(_listen, 'an address such as "grpc://127.0.0.1:9870"')]
 Size = Annotated[int, Reads(parse_size, SIZE, numbers=True)]
 Duration = Annotated[int, Reads(parse_duration, DURATION, numbers=True)]
@@ -115,6 +123,8 @@ class Listens(Protocol):
     @property
     def listen(self) -> tuple[str, ...]: ...
     @property
+    def status_page(self) -> str | None: ...
+    @property
     def insecure(self) -> bool: ...
     @property
     def tls(self) -> Tls | None: ...
@@ -124,6 +134,14 @@ class Listens(Protocol):
 
 def check_serving(config: Listens, sound: Sound) -> Iterator[Problem]:
     """What is wrong between addresses, certificate and grants."""
+    if config.status_page and not config.insecure and sound("insecure") and sound("status_page"):
+        host = config.status_page.rpartition(":")[0].strip("[]")
+        if not is_loopback(host):
+            yield Problem(
+                "status_page",
+                "it has no TLS, and other machines could read the names of volumes",
+                "use a loopback address, or insecure = true if the network itself is trusted",
+            )
     if config.grant and config.tls is None and sound("tls"):
         yield Problem("grant", "without TLS nobody can be told apart", "add a section [tls], or remove the grants")
     if not config.listen and sound("listen"):

@@ -24,6 +24,7 @@ from blockferry.server.room import ReplicaRoom, Room
 from blockferry.server.session import Event, State, state_at_rest, transition
 from blockferry.server.space import UNLIMITED
 from blockferry.server.store import SessionRecord, Store
+from blockferry.server.tally import Tally
 from blockferry.server.writer import Session
 from blockferry.v1 import replication_pb2 as pb
 from pyroaring import BitMap
@@ -52,6 +53,7 @@ class Replica:
         """It was deleted."""
         self._completing = asyncio.Lock()
         self._unfinished: set[asyncio.Task[object]] = set()
+        self.tally = Tally()
         self.state = self.state_at_rest()
 
     def state_at_rest(self) -> State:
@@ -110,6 +112,7 @@ class Replica:
                 ours.volume = self.name
                 raise ours from error
             self.state = state
+            self.tally.sessions += 1
             opened.append(self.session)
             return self.session
 
@@ -281,22 +284,31 @@ class Replica:
             region_size = session.geometry.region_size
             key = key or self.store.identity.key
             if piece_size != region_size or key != self.store.identity.key:
-                return await session.volume.read_digests(piece_size, runs, key, region_size)
+                return await self._read_digests(session, piece_size, runs, key)
             wanted = [region for first, count in runs for region in range(first, first + count)]
             missing = BitMap(wanted) if fresh else BitMap(wanted) - session.digests.known
             read = await self._learn(session, missing) if missing else 0
+            known = session.geometry.bytes_in(BitMap(wanted) - missing)
             found = [session.digests.get(region) for region in wanted]
             if None in found:
                 # Changed while it was read: what is there now is what the client gets, and nothing is remembered.
-                return await session.volume.read_digests(piece_size, runs, key, region_size)
+                return await self._read_digests(session, piece_size, runs, key)
+            self.tally.digests_known += known
             return b"".join(one for one in found if one is not None), read
+
+    async def _read_digests(
+        self, session: Session, piece_size: int, runs: Sequence[Run], key: bytes
+    ) -> tuple[bytes, int]:
+        found, read = await session.volume.read_digests(piece_size, runs, key, session.geometry.region_size)
+        self.tally.read_for_digests += read
+        return found, read
 
     async def _learn(self, session: Session, regions: BitMap) -> int:
         """Read regions and remember their digests, except of those that change meanwhile; the bytes read."""
         key, region_size = self.store.identity.key, session.geometry.region_size
         runs = list(runs_of(regions, session.geometry.count))
         with session.watching() as changed:
-            found, read = await session.volume.read_digests(region_size, runs, key, region_size)
+            found, read = await self._read_digests(session, region_size, runs, key)
         size = len(found) // len(regions)
         for index, region in enumerate(regions):
             if region not in changed:
@@ -329,6 +341,7 @@ class Replica:
                 for change in changes:
                     session.change(change.request.offset // session.geometry.region_size, 1)
             for change in changes:
+                self.tally.add(change.result)
                 region = change.request.offset // session.geometry.region_size
                 if change.result.digest is not None:
                     session.digests.put(region, change.result.digest)
@@ -356,6 +369,7 @@ class Replica:
                 result = await self._survive(session, apply.unmap_region(session.volume, request))
             finally:
                 session.change(first, count)
+            self.tally.add(result)
             if session.snapshot_id:
                 session.settled.add_range(first, first + count)
             return result
@@ -422,6 +436,7 @@ class Replica:
         return await self.to_the_end(self._commit(ref, commit_id, keep))
 
     async def _commit(self, ref: pb.SessionRef, commit_id: bytes, keep: Retention | None) -> Point:
+        began = time.monotonic()
         async with self.gate.closed():
             done = self.store.generations.committed(commit_id)
             if done is not None:
@@ -445,6 +460,8 @@ class Replica:
                 raise session.failed from error
             await self.end_session()
             self.state = state
+            self.tally.commits += 1
+            self.tally.commit_seconds += time.monotonic() - began
             await self.points.retire()
             crash_point("commit-unanswered")
         self.complete_soon()
