@@ -24,6 +24,7 @@ from grpc_health.v1 import health_pb2
 
 from tests.configured import Configured, Settings, document
 from tests.images import MIB, build, noise
+from tests.pages import free_port, scraped
 from tests.reflected import Refusal, _refusal
 from tests.support import PROGRAMS, Server, ok, own_directory, run_cli, until
 
@@ -227,7 +228,19 @@ class Key:
     """Other keys that hold in both cases."""
 
 
+PAGE_PORT = free_port()
+
+
+def has_page(_: Server) -> object:
+    """Whether there is a status page, and whose it is."""
+    try:
+        return any(name.startswith("blockferry_pool_") for name in scraped(f"http://127.0.0.1:{PAGE_PORT}/metrics"))
+    except OSError:
+        return False
+
+
 KEYS: dict[str, Key] = {
+    "status_page": Key(f'"127.0.0.1:{PAGE_PORT}"', has_page, True, False),
     "scrub_every": Key('"1s"', scrubbed, True, False),
     "pool.NAME.reserve": Key('"5M"', reserved, 5 * MIB, "a share"),
     "pool.NAME.quota": Key('"7M"', pool("quota"), 7 * MIB, 0),

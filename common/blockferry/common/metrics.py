@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from blockferry.common.errors import BlockferryError, Code
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -26,7 +26,7 @@ MOST_CONNECTIONS = 16
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus's text format (https://prometheus.io/docs/instrumenting/exposition_formats)."""
 
-Page = Callable[[], tuple[str, bytes]]
+Page = Callable[[], Awaitable[tuple[str, bytes]]]
 """Makes a page when it is asked for: its content type and its bytes."""
 
 
@@ -38,9 +38,15 @@ def new_registry() -> CollectorRegistry:
     return registry
 
 
-def metrics_page(registry: CollectorRegistry) -> Page:
-    """`/metrics`: all of a registry."""
-    return lambda: (CONTENT_TYPE, generate_latest(registry))
+def metrics_page(registry: CollectorRegistry, look: Callable[[], Awaitable[None]] | None = None) -> Page:
+    """`/metrics`: all of a registry, after a `look` at what must be asked for."""
+
+    async def page() -> tuple[str, bytes]:
+        if look is not None:
+            await look()
+        return CONTENT_TYPE, generate_latest(registry)
+
+    return page
 
 
 class Pages:
@@ -87,13 +93,13 @@ class Pages:
         with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
             try:
                 async with asyncio.timeout(REQUEST_SECONDS):
-                    writer.write(self._response(await _head(reader)))
+                    writer.write(await self._response(await _head(reader)))
                     await writer.drain()
             finally:
                 writer.close()
                 await writer.wait_closed()
 
-    def _response(self, head: bytes) -> bytes:
+    async def _response(self, head: bytes) -> bytes:
         words = head.split(b"\r\n", 1)[0].split(b" ")
         if len(words) != 3 or not words[2].startswith(b"HTTP/1."):
             return _message(http.HTTPStatus.BAD_REQUEST)
@@ -102,7 +108,7 @@ class Pages:
         page = self._pages.get(words[1].partition(b"?")[0].decode("latin-1"))
         if page is None:
             return _message(http.HTTPStatus.NOT_FOUND)
-        kind, body = page()
+        kind, body = await page()
         return _message(http.HTTPStatus.OK, kind, body, bodiless=words[0] == b"HEAD")
 
 

@@ -13,6 +13,7 @@ from blockferry.common import linux, rpc, telemetry
 from blockferry.common.config import DeviceConfig, PoolConfig, ServerConfig
 from blockferry.common.credentials import Credentials
 from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.metrics import Pages
 from blockferry.common.settings import USELESS, plaintext
 from blockferry.common.volumes import in_thread
 from blockferry.server import handshakes, space
@@ -21,6 +22,7 @@ from blockferry.server.admission import Admission
 from blockferry.server.arguments import configuration
 from blockferry.server.devices import DeviceSpec
 from blockferry.server.limits import Limits
+from blockferry.server.metrics import Metrics
 from blockferry.server.pools import Pools, PoolSpec, with_devices
 from blockferry.server.replicas import ReplicasService
 from blockferry.server.replication import ReplicationService
@@ -55,6 +57,8 @@ async def serve(config: ServerConfig) -> None:
     devices = [_device(name, device, config.insecure) for name, device in config.device.items()]
     pools = await Pools.open(with_devices(specs, devices), config.limits.lease)
     tasks: list[asyncio.Task[None]] = []
+    metrics = Metrics(pools)
+    pages = Pages({"/metrics": metrics.page})
     try:
         limits = Limits(config.limits, time.monotonic)
         server = rpc.make_server(
@@ -69,11 +73,14 @@ async def serve(config: ServerConfig) -> None:
             replicas_pb2.DESCRIPTOR.services_by_name["Replicas"]: ReplicasService(pools, access),
         }
         for descriptor, servicer in services.items():
-            rpc.add_service(server, descriptor, servicer, access, raw=getattr(servicer, "RAW_METHODS", ()))
+            raw = getattr(servicer, "RAW_METHODS", ())
+            rpc.add_service(server, descriptor, servicer, access, raw=raw, watch=metrics.call)
         await _add_health_and_reflection(server, [descriptor.full_name for descriptor in services])
 
         addresses = [rpc.bind(server, uri, insecure=config.insecure, credentials=credentials) for uri in config.listen]
         await server.start()
+        if config.status_page:
+            log.info("status page", url=f"{await pages.open(config.status_page)}/metrics")
         for address in addresses:
             print(f"listening on {address}", flush=True)
         if config.scrub_every:
@@ -88,6 +95,7 @@ async def serve(config: ServerConfig) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await pages.close()
         await pools.close()
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from blockferry.common.metrics import metrics_page, new_registry
 from blockferry.common.rpc import Outcome
 from blockferry.common.volumes import in_thread
 from blockferry.server.pools import Pools
@@ -18,7 +19,7 @@ from blockferry.server.replica import Replica
 from blockferry.server.room import Measured
 from blockferry.server.scrub import ScrubRecord, last_scrub
 from blockferry.server.session import State
-from prometheus_client import CollectorRegistry, Counter, Summary, generate_latest
+from prometheus_client import Counter, Summary
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -75,7 +76,8 @@ class Metrics:
         self._pools = pools
         self._room: dict[str, Measured] = {}
         self._scrubs: dict[str, ScrubRecord] = {}
-        self._registry = CollectorRegistry()
+        self._registry = new_registry()
+        self.page = metrics_page(self._registry, self._look)
         self._calls = Counter(
             "blockferry_server_calls", "Calls that are over, by how they ended.", ["method", "code"],
             registry=self._registry,
@@ -95,8 +97,8 @@ class Metrics:
             self._calls.labels(method, outcome.code).inc()
             self._seconds.labels(method).observe(time.monotonic() - began)
 
-    async def render(self) -> bytes:
-        """Everything in Prometheus' text format, as of now."""
+    async def _look(self) -> None:
+        """At the disks."""
         self._room, self._scrubs = {}, {}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(MEASURE_SECONDS):
@@ -107,18 +109,17 @@ class Metrics:
                     scrub = await in_thread(last_scrub, replica.store)
                     if scrub is not None:
                         self._scrubs[replica.name] = scrub
-        return generate_latest(self._registry)
 
     def families(self) -> Iterator[Metric]:
         """Of pools and replicas."""
         replicas = self._pools.list()
         for shown in _SHOWN:
             kind = CounterMetricFamily if shown.counts else GaugeMetricFamily
-            family: Metric = kind(_REPLICA + shown.name, shown.help, labels=["pool", "volume"])
+            family = kind(_REPLICA + shown.name, shown.help, labels=["pool", "volume"])
             for replica in replicas:
                 value = shown.value(replica)
                 if value is not None:
-                    family.add_metric([replica.pool, replica.name], value)  # type: ignore[attr-defined]
+                    family.add_metric([replica.pool, replica.name], value)
             yield family
         yield self._states(replicas)
         yield self._scrubbed(replicas)
