@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blockferry.common.config import Grant
 from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.settings import Grant
 from blockferry.server import access
 from blockferry.server.access import (
     ANONYMOUS,

@@ -13,13 +13,13 @@ from blockferry.client.replica import ChangeStream, ReplicaSession
 from blockferry.client.report import Progress, Stopwatch, Tally, sync_report
 from blockferry.client.transfer import BYTES_IN_FLIGHT, Transfer
 from blockferry.common.address import Address
-from blockferry.common.config import Tls
 from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import RateLimiter
 from blockferry.common.regions import DEFAULT_REGION_SIZE, AllocationMap, Geometry, Provenance
 from blockferry.common.retention import Retention
 from blockferry.common.rpc import Connection
+from blockferry.common.settings import Tls
 from blockferry.common.volumes import Volume
 from blockferry.common.volumes.replica import fetch_map
 from blockferry.v1 import replication_pb2 as pb

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
 import grpc
 import grpc.aio
 from blockferry.common.address import Address
-from blockferry.common.config import Tls
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import MAX_REGION_SIZE
+from blockferry.common.settings import Tls
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2

@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from blockferry.common.certificates import Certificate, Revocations, describe, load_certificates, unusable
-from blockferry.common.config import Tls
 from blockferry.common.errors import BlockferryError, Code, from_os_error
+from blockferry.common.settings import Tls
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes

@@ -17,9 +17,9 @@ from urllib.parse import unquote
 import grpc.aio
 import structlog
 from blockferry.common.certificates import Certificate, describe
-from blockferry.common.config import Grant
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.framing import decode_request
+from blockferry.common.settings import Grant
 from blockferry.common.tls import Material
 from blockferry.v1 import replication_pb2 as pb
 

@@ -10,9 +10,10 @@ import time
 import structlog
 import uvloop
 from blockferry.common import linux, rpc, telemetry
-from blockferry.common.config import USELESS, DeviceConfig, PoolConfig, ServerConfig, plaintext
+from blockferry.common.config import DeviceConfig, PoolConfig, ServerConfig
 from blockferry.common.credentials import Credentials
 from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.settings import USELESS, plaintext
 from blockferry.common.volumes import in_thread
 from blockferry.server import handshakes, space
 from blockferry.server.access import Access

@@ -20,10 +20,10 @@ from blockferry.client.cli.render import Console
 from blockferry.common import linux, retention
 from blockferry.common.address import check_volume_name
 from blockferry.common.arguments import argument
-from blockferry.common.config import TLS_ENVIRONMENT as ENVIRONMENT
-from blockferry.common.config import Tls
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import check_region_size
+from blockferry.common.settings import TLS_ENVIRONMENT as ENVIRONMENT
+from blockferry.common.settings import Tls
 from blockferry.common.units import parse_size
 
 Command = Callable[[argparse.Namespace, Console], Awaitable[int]]

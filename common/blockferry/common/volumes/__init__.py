@@ -8,9 +8,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from blockferry.common.address import is_address
-from blockferry.common.config import Tls
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.nbd.uri import is_nbd_uri
+from blockferry.common.settings import Tls
 from blockferry.common.volumes.device import DeviceVolume
 from blockferry.common.volumes.image import ImageVolume
 from blockferry.common.volumes.nbd import NbdVolume

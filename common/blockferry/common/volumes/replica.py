@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 
 from blockferry.common.address import Address
-from blockferry.common.config import Tls
 from blockferry.common.digests import Data, digest_size
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Run
 from blockferry.common.rpc import Connection
+from blockferry.common.settings import Tls
 from blockferry.common.volumes.volume import Volume
 from blockferry.common.wire import map_from_messages, runs_to_wire
 from blockferry.v1 import replicas_pb2 as replicas
