@@ -69,6 +69,8 @@ class Pool:
         self._making: dict[str, asyncio.Task[Replica]] = {}
         self._lock_fd = -1
         self.clones = False
+        self._doubts: Mapping[str, str] = {}
+        """Replicas that nobody may open now, and why."""
 
     @classmethod
     async def open(
@@ -116,6 +118,7 @@ class Pool:
         return self._identity.record.uuid if self._identity.record is not None else ""
 
     def _load(self, doubts: Mapping[str, str]) -> None:
+        self._doubts = doubts
         for entry in sorted(self.path.iterdir()):
             if entry.name.startswith((NEW_PREFIX, DELETED_PREFIX)):
                 shutil.rmtree(entry)
@@ -233,6 +236,14 @@ class Pool:
 
     async def _made_store(self, name: str, region_size: int, base: ExternalBase | None) -> Store:
         directory, options = self.path / name, self._options(name, base)
+        if name in self._doubts:
+            raise BlockferryError(
+                Code.WRONG_STATE,
+                f"{name} cannot be used",
+                cause=self._doubts[name],
+                next="restart the server with that pool as well; nothing was changed",
+                volume=name,
+            )
         try:
             if directory.exists():
                 # Left out when the server started, or made by an attempt that failed at its very end.
@@ -328,8 +339,9 @@ async def open_pools(pools: Sequence[Pool]) -> None:
         for pool in pools:
             with _as_a_pool(pool):
                 await in_thread(pool._claim)
+        places = [(pool.uuid, pool.path) for pool in pools]
         try:
-            doubts = await in_thread(groups.settle, [(pool.uuid, pool.path) for pool in pools])
+            doubts = await in_thread(groups.settle, places)
         except OSError as error:
             raise from_os_error(error, "cannot finish what several volumes were to commit together") from error
         for pool in pools:
