@@ -12,18 +12,17 @@ import contextlib
 import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import structlog
+from blockferry.client import cycle
 from blockferry.client.memory import Clock, Failure, Memory, Moment, Outcome, StateDirectory
 from blockferry.client.report import Phase, Progress
 from blockferry.client.schedule import Run, Schedule, Standing, Terms
 from blockferry.common.agent_config import AgentConfig, Policy
 from blockferry.common.errors import BlockferryError, Code, first_of, from_os_error
 from blockferry.common.flow import ByteBudget, RateLimiter
-from blockferry.common.settings import Tls
 from blockferry.common.tasks import Supervisor
 from blockferry.common.units import parse_window
 from blockferry.common.volumes.volume import in_thread
@@ -37,28 +36,8 @@ Report = dict[str, Any]
 """Of a sync, schema 1."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One policy of a run. What it sends counts for all `limiters`."""
-
-    name: str
-    policy: Policy
-    progress: Progress
-    limiters: tuple[RateLimiter, ...]
-
-
-@dataclass(frozen=True)
-class Means:
-    """What a run may use. `bytes_in_flight` is for all its jobs together."""
-
-    state_dir: Path
-    bytes_in_flight: int
-    insecure: bool = False
-    tls: Tls | None = None
-
-
-Cycle = Callable[[Sequence[Job], Means], Awaitable[Sequence[Report]]]
-"""Replicates the jobs of a run, all or none, and returns the report of each."""
+Cycle = Callable[[Sequence[cycle.Member], cycle.Terms], Awaitable[Mapping[str, Report]]]
+"""Replicates the members of a run, all or none, and returns the report of each: `cycle.run_cycle`."""
 
 
 class Watcher:
@@ -119,7 +98,7 @@ class Agent:
         self,
         config: AgentConfig,
         state: StateDirectory,
-        cycle: Cycle,
+        run_cycle: Cycle,
         supervisor: Supervisor,
         *,
         alarm: Alarm,
@@ -129,7 +108,7 @@ class Agent:
         self.config = config
         self.clock = clock or Clock()
         self._state = state
-        self._cycle = cycle
+        self._cycle = run_cycle
         self._supervisor = supervisor
         self._alarm = alarm
         self._watcher = watcher or Watcher()
@@ -142,9 +121,19 @@ class Agent:
         self._ending = False
 
     @classmethod
-    async def open(cls, config: AgentConfig, state: StateDirectory, cycle: Cycle, *args: Any, **options: Any) -> Agent:
+    async def open(
+        cls,
+        config: AgentConfig,
+        state: StateDirectory,
+        run_cycle: Cycle,
+        supervisor: Supervisor,
+        *,
+        alarm: Alarm,
+        watcher: Watcher | None = None,
+        clock: Clock | None = None,
+    ) -> Agent:
         """With what is remembered."""
-        agent = cls(config, state, cycle, *args, **options)
+        agent = cls(config, state, run_cycle, supervisor, alarm=alarm, watcher=watcher, clock=clock)
         await agent.reload(config)
         return agent
 
@@ -178,18 +167,21 @@ class Agent:
         self._notify()
 
     async def _carry_out(self, run: Run, members: Sequence[Watched]) -> None:
-        jobs = [
-            Job(one.name, one.policy, one.progress or Progress(), (one.limiter, self._bandwidth)) for one in members
+        taking_part = [
+            cycle.Member(one.name, one.policy, one.limiter, one.progress or Progress()) for one in members
         ]
-        limits = self.config.limits
-        part = limits.bytes_in_flight // limits.transfers
-        reports: Sequence[Report] = ()
+        config = self.config
+        # With less than it needs a run would crawl: rather fewer at once.
+        part = max(
+            config.limits.bytes_in_flight // config.limits.transfers, cycle.LEAST_IN_FLIGHT * len(members)
+        )
+        reports: Mapping[str, Report] = {}
         error: BlockferryError | None = None
         try:
             await self._in_flight.acquire(part)
             try:
-                means = Means(self.config.state_dir, part, self.config.insecure, self.config.tls)
-                reports = await self._cycle(jobs, means)
+                terms = cycle.Terms(config.state_dir, self._bandwidth, part, config.insecure, config.tls)
+                reports = await self._cycle(taking_part, terms)
             finally:
                 self._in_flight.release(part)
         except Exception as caught:
@@ -204,8 +196,8 @@ class Agent:
             self._wake.set()
             self._notify()
         if error is None:
-            for one, report in zip(members, reports, strict=True):
-                await self._note_commit(one, run, report, now - run.begun)
+            for one in members:
+                await self._note_commit(one, run, reports[one.name], now - run.begun)
         else:
             for one in members:
                 await self._note_failure(one, error, now - run.begun)

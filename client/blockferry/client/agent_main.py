@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 import uvloop
-from blockferry.client import alarm
+from blockferry.client import alarm, cycle
 from blockferry.client.agent import Agent, Cycle, Watched
 from blockferry.client.agent_metrics import Meters, Standings
 from blockferry.client.memory import StateDirectory
@@ -57,7 +57,7 @@ class Signals:
         (self.hurry if self.end.is_set() else self.end).set()
 
 
-async def serve(path: Path, cycle: Cycle) -> None:
+async def serve(path: Path, run_cycle: Cycle = cycle.run_cycle) -> None:
     """Run until SIGTERM or SIGINT. Raises what keeps it from starting, and INTERNAL if a part of it ends by itself."""
     signals = Signals()
     config = await in_thread(load_agent, path)
@@ -65,7 +65,7 @@ async def serve(path: Path, cycle: Cycle) -> None:
     credentials = await in_thread(Credentials, config.tls) if config.tls else None
     state = await in_thread(StateDirectory, config.state_dir)
     registry = new_registry()
-    agent = await Agent.open(config, state, cycle, supervisor, alarm=alarm.sound, watcher=Meters(registry))
+    agent = await Agent.open(config, state, run_cycle, supervisor, alarm=alarm.sound, watcher=Meters(registry))
     Standings(agent, registry)
     access = AccessControl(NEEDS, config.grant, credentials)
     server = rpc.make_server()
@@ -179,9 +179,7 @@ def main() -> int:
     try:
         telemetry.configure_logging()
         linux.keep_freed_memory()
-        from blockferry.client.replicating import replicate
-
-        uvloop.run(serve(arguments.config, replicate))
+        uvloop.run(serve(arguments.config))
     except BlockferryError as error:
         for line in error.lines():
             print(f"blockferry-agent: {line}", file=sys.stderr)

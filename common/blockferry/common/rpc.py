@@ -91,6 +91,7 @@ _STATUS = {
     Code.SOURCE_CHANGED: grpc.StatusCode.ABORTED,
     Code.DATA_MISMATCH: grpc.StatusCode.DATA_LOSS,
     Code.CORRUPT_STATE: grpc.StatusCode.DATA_LOSS,
+    Code.HOOK: grpc.StatusCode.ABORTED,
     Code.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     Code.PROTOCOL: grpc.StatusCode.INVALID_ARGUMENT,
     Code.INTERNAL: grpc.StatusCode.INTERNAL,
