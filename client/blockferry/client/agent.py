@@ -40,6 +40,10 @@ Cycle = Callable[[Sequence[cycle.Member], cycle.Terms], Awaitable[Mapping[str, R
 """Replicates the members of a run, all or none, and returns the report of each: `cycle.run_cycle`."""
 
 
+Recover = Callable[[Sequence[cycle.Member], cycle.Terms], Awaitable[None]]
+"""Puts right what a crash has left: `cycle.recover`."""
+
+
 class Watcher:
     """Is told what becomes of runs. Nothing it does may wait."""
 
@@ -102,6 +106,7 @@ class Agent:
         supervisor: Supervisor,
         *,
         alarm: Alarm,
+        recover: Recover | None = None,
         watcher: Watcher | None = None,
         clock: Clock | None = None,
     ) -> None:
@@ -111,6 +116,7 @@ class Agent:
         self._cycle = run_cycle
         self._supervisor = supervisor
         self._alarm = alarm
+        self._recover = recover
         self._watcher = watcher or Watcher()
         self._schedule = Schedule(config.limits.transfers, random.randrange(1 << 32))
         self._bandwidth = RateLimiter(config.limits.bandwidth)
@@ -129,18 +135,22 @@ class Agent:
         supervisor: Supervisor,
         *,
         alarm: Alarm,
+        recover: Recover | None = None,
         watcher: Watcher | None = None,
         clock: Clock | None = None,
     ) -> Agent:
         """With what is remembered."""
-        agent = cls(config, state, run_cycle, supervisor, alarm=alarm, watcher=watcher, clock=clock)
+        agent = cls(
+            config, state, run_cycle, supervisor, alarm=alarm, recover=recover, watcher=watcher, clock=clock
+        )
         await agent.reload(config)
         return agent
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Begin what is due, for ever."""
+        """Put right what a crash has left, then begin what is due, for ever."""
+        await asyncio.gather(*(self._recovered(one) for one in self.policies.values()))
         while True:
             now = self.clock.now()
             if not self._ending:
@@ -153,6 +163,16 @@ class Agent:
                 async with asyncio.timeout(pause):
                     await self._wake.wait()
             self._wake.clear()
+
+    async def _recovered(self, one: Watched) -> None:
+        """A guest that was frozen is thawed at once, also if its next run is far away."""
+        if self._recover is None:
+            return
+        try:
+            member = cycle.Member(one.name, one.policy, one.limiter)
+            await self._recover([member], cycle.Terms(self.config.state_dir))
+        except (BlockferryError, OSError) as error:
+            log.error("cannot put right what the last agent has left", policy=one.name, error=str(error))
 
     def _begin(self, run: Run) -> None:
         wall = self.clock.wall()
@@ -273,6 +293,7 @@ class Agent:
         environment = {
             "BLOCKFERRY_EVENT": event,
             "BLOCKFERRY_POLICY": one.name,
+            "BLOCKFERRY_GROUP": one.policy.group or "",
             "BLOCKFERRY_SOURCE": one.policy.source,
             "BLOCKFERRY_DESTINATION": one.policy.destination,
             "BLOCKFERRY_RPO": str(one.policy.rpo),

@@ -65,7 +65,9 @@ async def serve(path: Path, run_cycle: Cycle = cycle.run_cycle) -> None:
     credentials = await in_thread(Credentials, config.tls) if config.tls else None
     state = await in_thread(StateDirectory, config.state_dir)
     registry = new_registry()
-    agent = await Agent.open(config, state, run_cycle, supervisor, alarm=alarm.sound, watcher=Meters(registry))
+    agent = await Agent.open(
+        config, state, run_cycle, supervisor, alarm=alarm.sound, recover=cycle.recover, watcher=Meters(registry)
+    )
     Standings(agent, registry)
     access = AccessControl(NEEDS, config.grant, credentials)
     server = rpc.make_server()
