@@ -22,6 +22,7 @@ from blockferry.client.quiescence import Mark, look, refuse_changed
 from blockferry.client.report import Progress
 from blockferry.client.snapshots import Record, Snapshots, mint
 from blockferry.client.sync import Syncing, SyncOptions, commit_all
+from blockferry.client.tracking import Tracked
 from blockferry.client.transfer import BYTES_IN_FLIGHT
 from blockferry.client.watchdog import watched
 from blockferry.common.agent_config import Policy
@@ -116,6 +117,8 @@ class _Part:
     record: Record | None = None
     source: Volume | None = None
     before: Mark | None = None
+    """What a source without snapshots looked like."""
+    tracked: list[Tracked] = field(default_factory=list)
     syncing: Syncing | None = None
     frozen_seconds: float = 0.0
     confirmed: bool = False
@@ -219,9 +222,11 @@ class _Cycle:
             held.push_async_callback(part.source.close)
         for part in self._parts:
             part.member.progress.start("changes")
-            tracked = await part.snapshots.tracked(part.record) if part.record is not None else []
+            if part.record is not None:
+                part.tracked = await part.snapshots.tracked(part.record)
+        for part in self._parts:
             assert part.source is not None
-            syncing = Syncing(part.source, part.policy.address, self._options(part), part.member.progress, tracked)
+            syncing = Syncing(part.source, part.policy.address, self._options(part), part.member.progress, part.tracked)
             part.syncing = await held.enter_async_context(syncing)
             if part.record is not None:
                 await part.snapshots.resolve(syncing.session.newest_commit_id, part.record)

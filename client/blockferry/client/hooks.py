@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 
 import structlog
 from blockferry.common.errors import BlockferryError, Code
@@ -46,12 +46,13 @@ async def run_hook(
             said, complained = await asyncio.gather(_head(process.stdout), _head(process.stderr))
             status = await process.wait()
     except TimeoutError as error:
+        await _kill(process)
         raise _failed(
             name, volume, f"{words[0]} took longer than {seconds:g} s and was killed", "make it faster, or raise hook_timeout"
         ) from error
-    finally:
-        # Also what it has left behind, and also if nobody waits for it any more.
+    except BaseException:
         await _kill(process)
+        raise
     if status:
         complaint = " ".join(complained.split())[-_MOST_SHOWN:]
         how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
@@ -61,20 +62,17 @@ async def run_hook(
     return said
 
 
-async def run_to_the_end(
-    name: str, words: Sequence[str], environment: Mapping[str, str], seconds: float, volume: str
-) -> str:
-    """As `run_hook`, for one that must run even if nobody waits for it any more: whoever is cancelled here goes on when
-    it is over."""
-    task = asyncio.ensure_future(run_hook(name, words, environment, seconds, volume))
+async def finished(work: Coroutine[object, object, None]) -> None:
+    """Finish `work` even if nobody waits for it any more: whoever is cancelled here goes on when it is over."""
+    task = asyncio.ensure_future(work)
     try:
-        return await asyncio.shield(task)
+        await asyncio.shield(task)
     except asyncio.CancelledError:
         while not task.done():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([task])
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("a hook failed while the agent gave up", volume=volume, hook=name, error=str(error))
+            log.error("failed while the agent gave up", error=str(error))
         raise
 
 
@@ -88,6 +86,7 @@ async def _head(stream: asyncio.StreamReader | None) -> str:
 
 
 async def _kill(process: asyncio.subprocess.Process) -> None:
+    """Kill it and all that it has started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     waiting = asyncio.ensure_future(process.wait())

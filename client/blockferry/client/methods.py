@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from blockferry.client.hooks import run_hook, run_to_the_end
+from blockferry.client.hooks import run_hook
 from blockferry.common import disk
 from blockferry.common.address import is_address
 from blockferry.common.agent_config import Policy
@@ -45,7 +45,7 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     async def make(self, path: str, environment: Mapping[str, str]) -> str:
-        """Take one; where it is. Durable when this returns, as far as that is ours."""
+        """Take one; where it is."""
 
     @abc.abstractmethod
     async def unmake(self, path: str, environment: Mapping[str, str]) -> None:
@@ -61,7 +61,7 @@ class Clones(Method):
 
     @property
     def place(self) -> Path:
-        return self.policy.snapshot_dir or self._source.parent / CLONES
+        return self.policy.snapshot_dir or Path(os.path.realpath(self._source)).parent / CLONES
 
     @property
     def _source(self) -> Path:
@@ -111,7 +111,7 @@ class Clones(Method):
         if not _is_ours(Path(path), self.name):
             return
         try:
-            await in_thread(_unlink, Path(path))
+            await in_thread(disk.unlink, Path(path))
         except OSError as error:
             raise from_os_error(error, f"cannot remove {path}", volume=self.name) from error
 
@@ -123,7 +123,7 @@ class Clones(Method):
         try:
             for path in sorted(self.place.iterdir()):
                 if _is_ours(path, self.name) and str(path) not in known and stat.S_ISREG(path.lstat().st_mode):
-                    _unlink(path)
+                    disk.unlink(path)
                     found.append(path)
         except OSError:
             # There are none, or the next attempt to take one says what is wrong.
@@ -159,7 +159,7 @@ class Commands(Method):
     async def unmake(self, path: str, environment: Mapping[str, str]) -> None:
         words = self.policy.hooks.remove
         if words:
-            await run_to_the_end("remove", words, environment, self.policy.hook_timeout, self.name)
+            await run_hook("remove", words, environment, self.policy.hook_timeout, self.name)
 
 
 def path_of(uri: str) -> Path | None:
@@ -175,17 +175,9 @@ def _is_ours(path: Path, policy: str) -> bool:
 
 
 def _seal(path: Path) -> None:
-    """Make a clone read-only and durable."""
+    """Make a clone read-only. One that a power failure takes away is no base, and costs a comparison of everything."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         disk.set_mode(fd, 0o400)
-        disk.fsync(fd)
     finally:
         os.close(fd)
-    disk.fsync_directory(path.parent)
-
-
-def _unlink(path: Path) -> None:
-    disk.unlink(path)
-    if path.parent.exists():
-        disk.fsync_directory(path.parent)

@@ -23,7 +23,7 @@ from typing import Literal
 import msgspec
 import structlog
 from blockferry.client.commits import new_commit_id
-from blockferry.client.hooks import run_hook, run_to_the_end
+from blockferry.client.hooks import finished, run_hook
 from blockferry.client.methods import Clones, Commands, Method, path_of
 from blockferry.client.tracking import Frozen, Stamp, Tracked, track
 from blockferry.common.agent_config import Policy
@@ -151,13 +151,14 @@ class Snapshots:
 
     async def thaw(self) -> None:
         """Run the thaw hook, once, if freezing was tried; also if nobody waits for it any more."""
-        commit_id = self._journal.frozen
-        if not commit_id:
-            return
+        if self._journal.frozen:
+            await finished(self._thaw())
+
+    async def _thaw(self) -> None:
         words = self.policy.hooks.thaw
         if words:
-            environment = self._environment(commit_id)
-            await run_to_the_end("thaw", words, environment, self.policy.hook_timeout, self.name)
+            environment = self._environment(self._journal.frozen)
+            await run_hook("thaw", words, environment, self.policy.hook_timeout, self.name)
             crash_point("cycle-thawed")
         await self._write(msgspec.structs.replace(self._journal, frozen=""))
 
@@ -238,8 +239,10 @@ class Snapshots:
         if self.policy.tracks == "reflink" and new.stamp is not None:
             for base in self.records:
                 if base.state in ("taken", "base") and base.commit_id != new.commit_id and base.stamp is not None:
-                    frozen = Frozen(Path(base.path), base.stamp), Frozen(Path(new.path), new.stamp)
-                    found.append(await track(bytes.fromhex(base.commit_id), *frozen))
+                    before, now = path_of(base.path), path_of(new.path)
+                    assert before is not None and now is not None
+                    commit_id = bytes.fromhex(base.commit_id)
+                    found.append(await track(commit_id, Frozen(before, base.stamp), Frozen(now, new.stamp)))
         return found
 
     # --- what becomes of them -------------------------------------------------------------------------------------

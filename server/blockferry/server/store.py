@@ -374,8 +374,11 @@ class Store:
         """Why the newest generation may hold something else than was committed; empty if nothing says so."""
         if newest.commit_id in self.distrusted:
             return self.distrusted[newest.commit_id]
-        if self.content.in_place and self._stamps.get(newest.commit_id) != self.content.stamp(newest):
-            return "its device was opened anew, and others may have written to it in between"
+        stamp = self._stamps.get(newest.commit_id)
+        if (stamp is not None or self.content.in_place) and stamp != self.content.stamp(newest):
+            if self.content.in_place:
+                return "its device was opened anew, and others may have written to it in between"
+            return "its image was touched since it was committed"
         with contextlib.suppress(OSError, UnicodeDecodeError, msgspec.MsgspecError):
             scrub = msgspec.json.decode((self.directory / SCRUB).read_bytes(), type=_Scrub)
             if scrub.generation == newest.number and scrub.rotten:
