@@ -143,6 +143,29 @@ def test_only_what_changed_is_looked_at_and_counted(
     assert agent.sync("a")["last_committed"]["generation"] == 3
 
 
+def test_retention_and_regions_are_those_of_the_policy(
+    root: Path, make_agent: MakeAgent, start_cloning_server: Callable[..., Server]
+) -> None:
+    server = start_cloning_server(flags=("--keep-at-least", "last=0"))
+    snapshots = root / "elsewhere"
+    rules = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
+    agent = make_agent({})
+    agent.configure(
+        {
+            rule: policy(server, source(root, rule), rule, region_size="128K", snapshot_dir=str(snapshots))
+            for rule in rules
+        },
+        **{f"policy.{rule}.keep": {rule: 1} for rule in rules},
+    )
+    agent.start()
+    until(lambda: all(agent.generation(rule) == 1 for rule in rules), "all are replicated")
+    for rule in rules:
+        (point,) = run_cli("replica", "points", server.url(rule), "--json").report["points"]
+        assert point["kept_by"] == ["newest", rule]
+        assert server.show(rule)["region_size"] == 128 * 1024
+        assert any(rule in path.name for path in snapshots.iterdir())
+
+
 def test_sighup_while_something_is_on_its_way(
     root: Path, make_agent: MakeAgent, start_cloning_server: Callable[..., Server]
 ) -> None:
@@ -295,7 +318,7 @@ def test_over_tls_grants_decide(root: Path, make_agent: MakeAgent, tmp_path: Pat
     agent = make_agent(
         policies,
         top={"listen": ["grpcs://127.0.0.1:0", f"grpc+unix://{directory}/agent.sock"]},
-        tls={"cert": str(own.cert), "key": str(own.key), "ca": str(ca.ca)},
+        tls={"cert": str(own.cert), "key": str(own.key), "ca": str(ca.ca), "crl": str(ca.crl)},
     )
     grants = [("ops.example", "operator", ["*"]), ("watch.example", "viewer", ["db-*"])]
     with agent.file.open("a") as file:
@@ -317,6 +340,8 @@ def test_over_tls_grants_decide(root: Path, make_agent: MakeAgent, tmp_path: Pat
     assert run_cli("agent", "pause", "db-1", "--agent", agent.address, *operate).status == 0
     denied = agent.events("denied", method="Agent/PausePolicy")
     assert denied[0]["grant"] == '[[grant]] san = "watch.example", role = "operator", volumes = ["db-1"]'
+    ca.revoke([viewer])
+    until(lambda: run_cli("agent", "status", "--agent", agent.address, *watch).status == 1, "it is revoked")
     agent.stop()
     for path in (*directory.iterdir(), directory):
         (os.rmdir if path == directory else os.unlink)(path)
