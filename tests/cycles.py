@@ -36,7 +36,6 @@ thaw) {thaw} ;;
 snapshot) cp --reflink=always "$BLOCKFERRY_SOURCE" "{place}/$BLOCKFERRY_SNAPSHOT_ID"; chmod 400 "{place}/$BLOCKFERRY_SNAPSHOT_ID"
     {snapshot}; echo "{place}/$BLOCKFERRY_SNAPSHOT_ID" ;;
 remove) rm -f "{place}/$BLOCKFERRY_SNAPSHOT_ID"; {remove} ;;
-failure) echo "$BLOCKFERRY_ERROR" >> {log}.errors ;;
 esac
 """
 
@@ -62,7 +61,7 @@ class Hooks:
         parts = {name: self.parts.get(name, ":") for name in ("freeze", "thaw", "snapshot", "remove")}
         self.program.write_text(_HOOKS.format(log=self.log, place=self.place, **parts))
         self.program.chmod(0o700)
-        return dict.fromkeys(("freeze", "snapshot", "thaw", "remove", "failure"), ("/bin/sh", str(self.program)))
+        return dict.fromkeys(("freeze", "snapshot", "thaw", "remove"), ("/bin/sh", str(self.program)))
 
     def ran(self) -> list[str]:
         """The hooks that ran, in order."""

@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
-from blockferry.client.hooks import run_hook
 from blockferry.client.quiescence import Mark, look, refuse_changed
 from blockferry.client.report import Progress
-from blockferry.client.snapshots import Record, Snapshots, hook_environment, mint
+from blockferry.client.snapshots import Record, Snapshots, mint
 from blockferry.client.sync import Syncing, SyncOptions, commit_all
 from blockferry.client.tracking import Tracked
 from blockferry.client.transfer import BYTES_IN_FLIGHT
@@ -41,6 +40,9 @@ ATTEMPTS = 3
 FLOOR_SECONDS = 1.0
 """Between two looks at how much is free on the source's file system: at 1 GB/s a guest writes a fraction of the default
 floor meanwhile."""
+
+RESUMED = (Code.UNAVAILABLE, Code.LIMITED, Code.STALE_EPOCH)
+"""After these a first replication goes on with the snapshot that it has: what went wrong was on the way, or there."""
 
 LEAST_IN_FLIGHT = 16 * 1024 * 1024
 """Bytes: with fewer a member of a large group would send region by region."""
@@ -75,22 +77,18 @@ Reports = dict[str, dict[str, object]]
 
 
 async def run_cycle(members: Sequence[Member], terms: Terms) -> Reports:
-    """Replicate the members together, once; what came of it. Raises what kept it from being committed, after the
-    failure hooks have run: then no member has a new generation, or, where the answer to the commit was lost, all have
-    it and the next cycle goes on from there."""
-    try:
-        _refuse_apart(members)
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return await _Cycle(members, terms, attempt).run()
-            except BlockferryError as error:
-                if error.code is not Code.SOURCE_CHANGED or attempt == ATTEMPTS:
-                    raise
-                log.warning("the source changed while it was read; once more", error=str(error), attempt=attempt)
-        raise AssertionError
-    except BlockferryError as error:
-        await _tell_failure(members, error)
-        raise
+    """Replicate the members together, once; what came of it. Raises what kept it from being committed: then no member
+    has a new generation, or, where the answer to the commit was lost, all have it and the next cycle goes on from
+    there."""
+    _refuse_apart(members)
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return await _Cycle(members, terms, attempt).run()
+        except BlockferryError as error:
+            if error.code is not Code.SOURCE_CHANGED or attempt == ATTEMPTS:
+                raise
+            log.warning("the source changed while it was read; once more", error=str(error), attempt=attempt)
+    raise AssertionError
 
 
 async def recover(members: Sequence[Member], terms: Terms) -> None:
@@ -110,17 +108,6 @@ def _refuse_apart(members: Sequence[Member]) -> None:
             cause="they go to different servers" if len(places) != 1 else "two of them go to the same replica",
             next="a group is committed by one server, each member to a replica of its own",
         )
-
-
-async def _tell_failure(members: Sequence[Member], error: BlockferryError) -> None:
-    for member in members:
-        words = member.policy.hooks.failure
-        if words:
-            environment = hook_environment(member.name, member.policy, "", BLOCKFERRY_ERROR=error.line())
-            try:
-                await run_hook("failure", words, environment, member.policy.hook_timeout, member.name)
-            except BlockferryError as failure:
-                log.error("the failure hook failed", volume=member.name, error=str(failure))
 
 
 @dataclass
@@ -177,14 +164,16 @@ class _Cycle:
             await part.snapshots.recover()
             await part.snapshots.check_floor()
         try:
-            await self._take_all()
+            if not self._take_up():
+                await self._take_all()
             async with contextlib.AsyncExitStack() as held:
                 await self._open_all(held)
                 await self._transfer_all()
                 await self._commit_all()
                 reports = {part.name: self._report(part) for part in self._parts}
-        finally:
-            await self._forsake_unconfirmed()
+        except BaseException as error:
+            await self._forsake(error)
+            raise
         for part in self._parts:
             # Nobody reads it any more.
             if part.record is not None:
@@ -193,6 +182,15 @@ class _Cycle:
         return reports
 
     # --- snapshots ------------------------------------------------------------------------------------------------
+
+    def _take_up(self) -> bool:
+        """Go on with what was taken for a first replication that was interrupted, if all members have it still."""
+        found = [record for part in self._parts if (record := part.snapshots.unfinished()) is not None]
+        if len(found) < len(self._parts) or len({record.cycle for record in found}) > 1:
+            return False
+        for part, record in zip(self._parts, found, strict=True):
+            part.record, part.commit_id = record, record.commit_id
+        return True
 
     async def _take_all(self) -> None:
         """Freeze all, snapshot all, thaw all. Whatever happens, what freezing was tried on is thawed, once."""
@@ -211,7 +209,7 @@ class _Cycle:
             part.frozen_seconds = round(time.monotonic() - began, 3)
 
     async def _take(self, part: _Part) -> None:
-        part.record = await part.snapshots.take(part.commit_id)
+        part.record = await part.snapshots.take(part.commit_id, self._parts[0].commit_id)
 
     async def _thaw_all(self) -> None:
         outcomes = await asyncio.gather(*(part.snapshots.thaw() for part in self._parts), return_exceptions=True)
@@ -222,12 +220,16 @@ class _Cycle:
             if isinstance(outcome, BaseException):
                 raise outcome
 
-    async def _forsake_unconfirmed(self) -> None:
+    async def _forsake(self, error: BaseException) -> None:
+        resumed = isinstance(error, asyncio.CancelledError)
+        resumed = resumed or (isinstance(error, BlockferryError) and error.code in RESUMED)
         for part in self._parts:
             if part.record is not None and not part.confirmed:
-                asked = part.syncing is not None and part.syncing.asked
+                syncing = part.syncing
+                first = syncing is not None and not syncing.session.newest_commit_id
+                keep = syncing is not None and (syncing.asked or (first and resumed))
                 with contextlib.suppress(BlockferryError):
-                    await part.snapshots.forsake(part.record, asked=asked)
+                    await part.snapshots.forsake(part.record, keep=keep)
 
     # --- sessions -------------------------------------------------------------------------------------------------
 
