@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from blockferry.client.cycle import Member, Terms, run_cycle
 from blockferry.common.agent_config import Policy
 
@@ -82,16 +81,8 @@ def _change(path: Path, seed: str) -> None:
 
 def _replicate(source: Path, server: Server, tracking: str, state: Path) -> tuple[dict[str, Any], float]:
     """The report of one replication, and the seconds that it took, snapshot and all."""
-    policy = msgspec.convert(
-        {
-            "source": str(source),
-            "destination": f"{server.address}/bench",
-            "rpo": 300,
-            "tracking": tracking,
-            "snapshot_floor": 0,
-        },
-        Policy,
-    )
+    destination = f"{server.address}/bench"
+    policy = Policy(source=str(source), destination=destination, rpo=300, tracking=tracking, snapshot_floor=0)
     began = time.perf_counter()
     report: dict[str, Any] = asyncio.run(run_cycle([Member("bench", policy)], Terms(state)))["bench"]
     return report, time.perf_counter() - began

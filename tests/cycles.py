@@ -17,6 +17,7 @@ from typing import Any
 from blockferry.client.cycle import Member, Reports, Terms, run_cycle
 from blockferry.client.snapshots import Snapshots
 from blockferry.common import disk
+from blockferry.common.agent_config import Hooks as HookWords
 from blockferry.common.agent_config import Policy
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
@@ -56,12 +57,13 @@ class Hooks:
     def program(self) -> Path:
         return self.place / "hooks.sh"
 
-    def write(self) -> dict[str, tuple[str, ...]]:
+    def write(self) -> HookWords:
         """The `hooks` of a policy."""
         parts = {name: self.parts.get(name, ":") for name in ("freeze", "thaw", "snapshot", "remove")}
         self.program.write_text(_HOOKS.format(log=self.log, place=self.place, **parts))
         self.program.chmod(0o700)
-        return dict.fromkeys(("freeze", "snapshot", "thaw", "remove"), ("/bin/sh", str(self.program)))
+        words = ("/bin/sh", str(self.program))
+        return HookWords(freeze=words, snapshot=words, thaw=words, remove=words)
 
     def ran(self) -> list[str]:
         """The hooks that ran, in order."""
@@ -75,17 +77,8 @@ class Hooks:
 
 def policy(source: Path, server: Server, volume: str, **fields: Any) -> Policy:
     """A policy with small regions and no floor."""
-    import msgspec
-
-    defaults = {
-        "source": str(source),
-        "destination": server.url(volume),
-        "rpo": 300,
-        "region_size": REGION,
-        "snapshot_floor": 0,
-        "keep": Retention(last=3),
-    }
-    return msgspec.convert({**defaults, **fields}, Policy)
+    fields = {"region_size": REGION, "snapshot_floor": 0, "keep": Retention(last=3), **fields}
+    return Policy(source=str(source), destination=fields.pop("destination", server.url(volume)), rpo=300, **fields)
 
 
 def members(policies: Mapping[str, Policy]) -> list[Member]:

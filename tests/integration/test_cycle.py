@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blockferry.client import cycle as cycle_module
@@ -20,9 +21,11 @@ from blockferry.client import snapshots as snapshots_module
 from blockferry.client.cycle import Member, Terms, run_cycle
 from blockferry.client.snapshots import Snapshots
 from blockferry.client.sync import Syncing
+from blockferry.common.agent_config import Hooks as HookWords
 from blockferry.common.agent_config import Policy
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import RateLimiter
+from blockferry.common.retention import Retention
 from blockferry.v1 import replication_pb2 as pb
 
 from tests.cycles import REGION, Hooks, clones_of, cycle, kept, members, policy, same
@@ -31,7 +34,7 @@ from tests.filesystems import FileSystems, Unavailable, mounted
 from tests.images import MIB, build, change, noise
 from tests.library import generation, replica_image, replicated
 from tests.processes import loop_device
-from tests.support import Server
+from tests.support import Server, run_cli
 
 SIZE = 40 * REGION + 1000
 _numbers = itertools.count(1)
@@ -240,8 +243,6 @@ async def test_a_generation_that_rots_is_compared_with_all_of_it(server: Server,
         os.pwrite(file.fileno(), b"rotten", 2 * REGION)
         os.fsync(file.fileno())
     os.utime(there, ns=(times.st_atime_ns, times.st_mtime_ns))
-    from tests.support import run_cli
-
     assert run_cli("replica", "verify", server.url(volume), "--quiet").status == 3
     report = (await cycle(policies, home / "state"))["p"]
     assert report["full_compare"] == "it was read again, and is not what was committed"
@@ -264,13 +265,13 @@ async def test_a_mounted_file_system_is_replicated_while_it_is_written(
     taken: list[bytes] = []
     real = Snapshots.take
 
-    async def take(self: Snapshots, commit_id: str) -> object:
-        record = await real(self, commit_id)
+    async def take(self: Snapshots, commit_id: str, cycle: str) -> object:
+        record = await real(self, commit_id, cycle)
         taken.append(Path(record.path).read_bytes())
         return record
 
     monkeypatch.setattr(Snapshots, "take", take)
-    policies = {"p": policy(source, server, volume, keep={"last": 9})}
+    policies = {"p": policy(source, server, volume, keep=Retention(last=9))}
     ending = threading.Event()
     subprocess.run(["mount", "-o", "loop", str(source), str(mount)], check=True)
     writer = threading.Thread(target=_write_until, args=(mount, ending))
@@ -304,6 +305,41 @@ def _write_until(mount: Path, ending: threading.Event) -> None:
             path.unlink()
         if ending.wait(0.02):
             return
+
+
+async def test_a_first_replication_that_was_interrupted_goes_on_with_its_snapshot(
+    server: Server, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"f{number}-{next(_numbers)}" for number in range(2)]
+    sources = {name: image(home, f"{name}.raw") for name in names}
+    before = {name: source.read_bytes() for name, source in sources.items()}
+    policies = {name: policy(source, server, name, group="g") for name, source in sources.items()}
+    real = Syncing.transfer
+
+    async def transfer(self: Syncing) -> None:
+        await real(self)
+        raise BlockferryError(Code.UNAVAILABLE, "the line was cut", next="nothing")
+
+    monkeypatch.setattr(Syncing, "transfer", transfer)
+    await refused(cycle(policies, home / "state"), Code.UNAVAILABLE, "the line was cut")
+    monkeypatch.undo()
+    assert [kept(name, policies[name], home / "state") for name in names] == [["taken"], ["taken"]]
+    taken = {name: Snapshots(name, policies[name], home / "state").records[0] for name in names}
+    for source in sources.values():
+        change(source, [(0, noise("later", 4096))])
+    reports = await cycle(policies, home / "state")
+    assert {name: report["commit_id"] for name, report in reports.items()} == {
+        name: record.commit_id for name, record in taken.items()
+    }
+    assert {name: replicated(server, name) for name in names} == before
+    reports = await cycle(policies, home / "state")
+    assert [report["full_compare"] for report in reports.values()] == [None, None]
+    assert same(server, sources)
+    # What was interrupted later begins anew: it costs what has changed.
+    change(sources[names[0]], [(0, noise("later still", 4096))])
+    monkeypatch.setattr(Syncing, "transfer", transfer)
+    await refused(cycle(policies, home / "state"), Code.UNAVAILABLE, "the line was cut")
+    assert [kept(name, policies[name], home / "state") for name in names] == [["base"], ["base"]]
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
@@ -374,7 +410,7 @@ async def test_bandwidth_is_shared_and_can_be_changed_while_it_runs(
 
 @pytest.fixture
 def hooked(server: Server, volume: str, home: Path) -> Callable[..., tuple[Hooks, dict[str, Policy]]]:
-    def make(**parts: str) -> tuple[Hooks, dict[str, Policy]]:
+    def make(**parts: Any) -> tuple[Hooks, dict[str, Policy]]:
         fields = {name: parts.pop(name) for name in ("tracking", "hook_timeout") if name in parts}
         hooks = Hooks(home, parts)
         source = home / "a.raw"
@@ -439,7 +475,7 @@ async def test_a_hook_that_fails(
 
 async def test_a_hook_that_hangs_is_killed_with_all_that_it_started(home: Path, hooked: Hooked) -> None:
     pids = home / "pids"
-    hooks, policies = hooked(freeze=f"sleep 1000 & echo $! > {pids}; wait", hook_timeout="0.5s")
+    hooks, policies = hooked(freeze=f"sleep 1000 & echo $! > {pids}; wait", hook_timeout=0.5)
     began = time.monotonic()
     await refused(cycle(policies, home / "state"), Code.HOOK, "freeze hook", "longer than 0.5 s")
     assert time.monotonic() - began < 30
@@ -469,7 +505,7 @@ async def test_whoever_gives_up_while_a_source_is_frozen_thaws_it(home: Path, ho
 
 async def test_a_hook_that_does_not_exist(home: Path, server: Server, volume: str) -> None:
     source = image(home)
-    hooks = {"snapshot": ("/nowhere/at/all",), "freeze": ("/bin/true",), "thaw": ("/bin/true",)}
+    hooks = HookWords(snapshot=("/nowhere/at/all",), freeze=("/bin/true",), thaw=("/bin/true",))
     policies = {"p": policy(source, server, volume, snapshot="command", hooks=hooks)}
     await refused(cycle(policies, home / "state"), Code.HOOK, "/nowhere/at/all", "no such file")
     assert kept("p", policies["p"], home / "state") == []
@@ -482,7 +518,7 @@ async def test_below_the_floor_the_base_is_dropped_and_everything_compared(
     server: Server, volume: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = image(home)
-    policies = {"p": policy(source, server, volume, snapshot_floor="1M")}
+    policies = {"p": policy(source, server, volume, snapshot_floor=1 << 20)}
     await cycle(policies, home / "state")
     change(source, [(0, noise("more", 4096))])
     free = [0, 1 << 40]
@@ -502,7 +538,7 @@ async def test_below_the_floor_no_snapshot_is_taken(server: Server, volume: str,
     source = image(home)
     policies = {"p": policy(source, server, volume)}
     await cycle(policies, home / "state")
-    policies = {"p": policy(source, server, volume, snapshot_floor="100T")}
+    policies = {"p": policy(source, server, volume, snapshot_floor=100 << 40)}
     await refused(cycle(policies, home / "state"), Code.OUT_OF_SPACE, "snapshot_floor")
     assert (clones_of(source), generation(server, volume)) == ([], 1)
 
@@ -511,7 +547,7 @@ async def test_a_replication_gives_up_before_the_file_system_of_its_source_is_fu
     server: Server, volume: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = image(home)
-    policies = {"p": policy(source, server, volume, snapshot_floor="1M")}
+    policies = {"p": policy(source, server, volume, snapshot_floor=1 << 20)}
     real = Syncing.transfer
 
     async def transfer(self: Syncing) -> None:
@@ -558,7 +594,7 @@ async def test_clones_need_a_file_system_that_clones(server: Server, volume: str
     policies = {"p": policy(source, server, volume)}
     await refused(cycle(policies, home / "state"), Code.UNSUPPORTED, "cannot clone", "snapshot =")
     assert (clones_of(source), kept("p", policies["p"], home / "state")) == ([], [])
-    elsewhere = {"p": policy(source, server, volume, snapshot_dir=str(home))}
+    elsewhere = {"p": policy(source, server, volume, snapshot_dir=home)}
     await refused(cycle(elsewhere, home / "state"), Code.UNSUPPORTED)
 
 
@@ -588,7 +624,7 @@ async def test_a_clone_that_takes_too_long_is_given_up(
     (slow / "cp").chmod(0o700)
     monkeypatch.setenv("PATH", f"{slow}:{os.environ['PATH']}")
     source = image(home)
-    policies = {"p": policy(source, server, volume, clone_limit="0.3s")}
+    policies = {"p": policy(source, server, volume, clone_limit=0.3)}
     await refused(cycle(policies, home / "state"), Code.UNAVAILABLE, "longer than 0.3 s", "clone_limit")
     assert (clones_of(source), kept("p", policies["p"], home / "state")) == ([], [])
 
@@ -634,9 +670,9 @@ async def test_what_makes_no_progress_is_ended(
 
     monkeypatch.setattr(Syncing, "transfer", transfer)
     source = image(home)
-    policies = {"p": policy(source, server, volume, stall_timeout="0.3s")}
+    policies = {"p": policy(source, server, volume, stall_timeout=0.3)}
     await refused(cycle(policies, home / "state"), Code.UNAVAILABLE, "no progress", "0.3 s", "phase transfer")
-    assert clones_of(source) == []
+    assert generation(server, volume) == 0
     monkeypatch.undo()
     await cycle(policies, home / "state")
 

@@ -205,7 +205,7 @@ class Agent:
             finally:
                 self._in_flight.release(part)
         except Exception as caught:
-            error = _understood(caught, run)
+            error = _understood(caught, members)
         finally:
             # Also where it was cancelled: nothing else would ever begin in its place.
             now = self.clock.now()
@@ -432,19 +432,19 @@ def _terms(policy: Policy) -> Terms:
     return Terms(_identity(policy), policy.rpo, policy.priority, parse_window(policy.window), policy.group)
 
 
-def _understood(error: Exception, run: Run) -> BlockferryError:
+def _understood(error: Exception, members: Sequence[Watched]) -> BlockferryError:
     """The error of a run, with what an agent knows about it."""
+    what = f"{', '.join(one.name for one in members)} cannot be replicated"
     if isinstance(error, ExceptionGroup):
         matching = error.subgroup(BlockferryError)
         error = first_of(matching) if matching is not None else error
     if isinstance(error, OSError):
-        error = from_os_error(error, f"{', '.join(run.members)} cannot be replicated")
+        error = from_os_error(error, what)
     if not isinstance(error, BlockferryError):
-        log.error("bug", run=run.members, exc_info=error)
-        return BlockferryError(
-            Code.INTERNAL, f"{', '.join(run.members)} cannot be replicated", cause=repr(error), next="report this"
-        )
-    if error.code in (Code.STALE_EPOCH, Code.IN_USE) and error.volume:
-        # Nobody but an agent should write to its replicas.
+        log.error("bug", exc_info=error)
+        return BlockferryError(Code.INTERNAL, what, cause=repr(error), next="report this")
+    replicas = {one.policy.address.volume for one in members}
+    if error.code in (Code.STALE_EPOCH, Code.IN_USE) and error.volume in replicas:
+        # Nobody but its agent should write to a replica.
         error.next = f"{error.next}; if that is another agent with this policy, stop one of them".removeprefix("; ")
     return error

@@ -19,10 +19,12 @@ from blockferry.client.service import NEEDS, AgentService, Planner
 from blockferry.client.sync import SyncOptions, plan
 from blockferry.common import linux, notify, rpc, telemetry
 from blockferry.common.access import AccessControl
+from blockferry.common.address import Address
 from blockferry.common.agent_config import AgentConfig
 from blockferry.common.config import load_agent
 from blockferry.common.credentials import Credentials
-from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.durable import make_directories
+from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.metrics import Pages, metrics_page, new_registry
 from blockferry.common.serving import add_health_and_reflection
 from blockferry.common.tasks import Supervisor
@@ -76,6 +78,7 @@ async def serve(path: Path, run_cycle: Cycle = cycle.run_cycle) -> None:
         descriptor = agent_pb2.DESCRIPTOR.services_by_name["Agent"]
         rpc.add_service(server, descriptor, AgentService(agent, access, _planner(agent)), access)
         await add_health_and_reflection(server, [descriptor.full_name])
+        await in_thread(_make_directories, config)
         addresses = [rpc.bind(server, uri, insecure=config.insecure, credentials=credentials) for uri in config.listen]
         if config.status_page:
             addresses.append(f"{await pages.open(config.status_page)}/metrics")
@@ -103,6 +106,17 @@ async def serve(path: Path, run_cycle: Cycle = cycle.run_cycle) -> None:
             cause=f"its task {supervisor.failed.result()} has ended by itself",
             next="it may be started again at once; report what its log says",
         )
+
+
+def _make_directories(config: AgentConfig) -> None:
+    """For sockets; whoever may enter one may use the socket in it."""
+    for uri in config.listen:
+        socket = Address.parse(uri).target.removeprefix("unix:")
+        if socket.startswith("/"):
+            try:
+                make_directories(Path(socket).parent)
+            except OSError as error:
+                raise from_os_error(error, f"cannot listen on {uri}") from error
 
 
 async def _until_end(signals: Signals, supervisor: Supervisor) -> None:

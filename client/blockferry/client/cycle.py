@@ -41,6 +41,9 @@ FLOOR_SECONDS = 1.0
 """Between two looks at how much is free on the source's file system: at 1 GB/s a guest writes a fraction of the default
 floor meanwhile."""
 
+RESUMED = (Code.UNAVAILABLE, Code.LIMITED, Code.STALE_EPOCH)
+"""After these a first replication goes on with the snapshot that it has: what went wrong was on the way, or there."""
+
 LEAST_IN_FLIGHT = 16 * 1024 * 1024
 """Bytes: with fewer a member of a large group would send region by region."""
 
@@ -74,9 +77,9 @@ Reports = dict[str, dict[str, object]]
 
 
 async def run_cycle(members: Sequence[Member], terms: Terms) -> Reports:
-    """Replicate the members together, once; what came of it. Raises what kept it from being committed:
-    then no member has a new generation, or, where the answer to the commit was lost, all have it and the next cycle
-    goes on from there. The failure hooks are the caller's to run."""
+    """Replicate the members together, once; what came of it. Raises what kept it from being committed: then no member
+    has a new generation, or, where the answer to the commit was lost, all have it and the next cycle goes on from
+    there."""
     _refuse_apart(members)
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -161,14 +164,16 @@ class _Cycle:
             await part.snapshots.recover()
             await part.snapshots.check_floor()
         try:
-            await self._take_all()
+            if not self._take_up():
+                await self._take_all()
             async with contextlib.AsyncExitStack() as held:
                 await self._open_all(held)
                 await self._transfer_all()
                 await self._commit_all()
                 reports = {part.name: self._report(part) for part in self._parts}
-        finally:
-            await self._forsake_unconfirmed()
+        except BaseException as error:
+            await self._forsake(error)
+            raise
         for part in self._parts:
             # Nobody reads it any more.
             if part.record is not None:
@@ -177,6 +182,15 @@ class _Cycle:
         return reports
 
     # --- snapshots ------------------------------------------------------------------------------------------------
+
+    def _take_up(self) -> bool:
+        """Go on with what was taken for a first replication that was interrupted, if all members have it still."""
+        found = [record for part in self._parts if (record := part.snapshots.unfinished()) is not None]
+        if len(found) < len(self._parts) or len({record.cycle for record in found}) > 1:
+            return False
+        for part, record in zip(self._parts, found, strict=True):
+            part.record, part.commit_id = record, record.commit_id
+        return True
 
     async def _take_all(self) -> None:
         """Freeze all, snapshot all, thaw all. Whatever happens, what freezing was tried on is thawed, once."""
@@ -195,7 +209,7 @@ class _Cycle:
             part.frozen_seconds = round(time.monotonic() - began, 3)
 
     async def _take(self, part: _Part) -> None:
-        part.record = await part.snapshots.take(part.commit_id)
+        part.record = await part.snapshots.take(part.commit_id, self._parts[0].commit_id)
 
     async def _thaw_all(self) -> None:
         outcomes = await asyncio.gather(*(part.snapshots.thaw() for part in self._parts), return_exceptions=True)
@@ -206,12 +220,16 @@ class _Cycle:
             if isinstance(outcome, BaseException):
                 raise outcome
 
-    async def _forsake_unconfirmed(self) -> None:
+    async def _forsake(self, error: BaseException) -> None:
+        resumed = isinstance(error, asyncio.CancelledError)
+        resumed = resumed or (isinstance(error, BlockferryError) and error.code in RESUMED)
         for part in self._parts:
             if part.record is not None and not part.confirmed:
-                asked = part.syncing is not None and part.syncing.asked
+                syncing = part.syncing
+                first = syncing is not None and not syncing.session.newest_commit_id
+                keep = syncing is not None and (syncing.asked or (first and resumed))
                 with contextlib.suppress(BlockferryError):
-                    await part.snapshots.forsake(part.record, asked=asked)
+                    await part.snapshots.forsake(part.record, keep=keep)
 
     # --- sessions -------------------------------------------------------------------------------------------------
 

@@ -40,7 +40,8 @@ DIRECTORY = "snapshots"
 
 
 class Record(msgspec.Struct, frozen=True):
-    """One snapshot. `path` is a file or a URI, empty while it is not known; `seconds` is how long it took."""
+    """One snapshot. `path` is a file or a URI, empty while it is not known; `seconds` is how long it took; `cycle` is the
+    same for all that were taken together."""
 
     commit_id: str
     method: str
@@ -51,6 +52,7 @@ class Record(msgspec.Struct, frozen=True):
     stamp: Stamp | None = None
     """Of a file: what it was when it was complete."""
     seconds: float = 0.0
+    cycle: str = ""
 
 
 class _Journal(msgspec.Struct, frozen=True):
@@ -163,7 +165,15 @@ class Snapshots:
         await self._write(msgspec.structs.replace(self._journal, frozen=""))
 
     def _environment(self, commit_id: str, **more: str) -> dict[str, str]:
-        return hook_environment(self.name, self.policy, commit_id, **more)
+        """What a hook is told about what it acts on."""
+        return {
+            "BLOCKFERRY_POLICY": self.name,
+            "BLOCKFERRY_GROUP": self.policy.group or "",
+            "BLOCKFERRY_SOURCE": self.policy.source,
+            "BLOCKFERRY_SNAPSHOT_ID": commit_id,
+            "BLOCKFERRY_SNAPSHOT": "",
+            **more,
+        }
 
     # --- taking ---------------------------------------------------------------------------------------------------
 
@@ -203,13 +213,22 @@ class Snapshots:
     def _low_words(self) -> str:
         return f"less than snapshot_floor ({human_bytes(self.policy.snapshot_floor)}) is free on its file system"
 
-    async def take(self, commit_id: str) -> Record:
+    def unfinished(self) -> Record | None:
+        """The snapshot of a first replication that was interrupted: it is gone on with, and what has arrived of it need
+        not be read again. Later ones begin anew, since only what changed has to be looked at then."""
+        taken = [one for one in self.records if one.state == "taken"]
+        if len(taken) != 1 or self.base is not None or taken[0].stamp != _stamp_of(taken[0].path):
+            return None
+        return taken[0]
+
+    async def take(self, commit_id: str, cycle: str) -> Record:
         """Take one. Nothing is left of it where it fails. Raises HOOK, UNSUPPORTED, OUT_OF_SPACE and the like."""
         method = self._method
         assert method is not None, "a source at rest has no snapshots"
         made_at_us = time.time_ns() // 1000
+        path = method.path_for(commit_id)
         record = Record(
-            commit_id, self.policy.snapshot, self.policy.source, "taking", made_at_us, method.path_for(commit_id)
+            commit_id, self.policy.snapshot, self.policy.source, "taking", made_at_us, path, cycle=cycle
         )
         await self._put(record)
         crash_point("cycle-snapshot-begun")
@@ -272,10 +291,10 @@ class Snapshots:
                 await self._remove(record)
         crash_point("cycle-older-removed")
 
-    async def forsake(self, current: Record, *, asked: bool) -> None:
-        """The replication of `current` failed. Where its commit was `asked` for it may have happened: then the next
-        session tells."""
-        if not asked:
+    async def forsake(self, current: Record, *, keep: bool) -> None:
+        """The replication of `current` failed. It is kept where its commit was asked for and may have happened, so that
+        the next session tells, and where the next replication is to go on with it."""
+        if not keep:
             await self._remove(current)
 
     async def _remove(self, record: Record) -> None:
@@ -297,18 +316,6 @@ class Snapshots:
     def _warn(self, text: str) -> None:
         if text not in self.warnings:
             self.warnings.append(text)
-
-
-def hook_environment(name: str, policy: Policy, commit_id: str, **more: str) -> dict[str, str]:
-    """What a hook is told about what it acts on."""
-    return {
-        "BLOCKFERRY_POLICY": name,
-        "BLOCKFERRY_GROUP": policy.group or "",
-        "BLOCKFERRY_SOURCE": policy.source,
-        "BLOCKFERRY_SNAPSHOT_ID": commit_id,
-        "BLOCKFERRY_SNAPSHOT": "",
-        **more,
-    }
 
 
 def mint() -> str:

@@ -169,7 +169,9 @@ class Syncing:
         await self._held.__aexit__(kind, error, trace)
 
     async def _abort(self) -> None:
-        if self.committed is None:
+        done = self.committed
+        if done is None or done.generation <= self.session.newest_generation:
+            # Nothing was committed; or it had been before, and nobody had heard so.
             await asyncio.shield(self.session.abort())
 
     async def transfer(self) -> None:

@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
 from blockferry.common.volumes import in_thread
-from blockferry.server import groups
+from blockferry.server import groups, identity
 from blockferry.server.generations import Point
 from blockferry.server.replica import Replica, as_ours
 from blockferry.server.session import Event, State, transition
@@ -148,7 +149,16 @@ async def _seal_one(member: _Member) -> Point:
 
 
 async def _record(members: Sequence[_Member], points: Sequence[Point]) -> groups.Record:
-    pools = {member.asked.pool: member.replica.store.directory.parent for member in members}
+    pools: dict[str, Path] = {}
+    for member in members:
+        path = member.replica.store.directory.parent
+        if pools.setdefault(member.asked.pool, path) != path:
+            raise BlockferryError(
+                Code.UNSUPPORTED,
+                "cannot commit these sessions together",
+                cause=f"{path} is a copy of the pool at {pools[member.asked.pool]}",
+                next=f"stop the server, and remove {identity.NAME} from the copy: it becomes a pool of its own",
+            )
     records = [
         groups.Member(
             member.asked.pool,
