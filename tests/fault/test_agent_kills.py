@@ -67,8 +67,9 @@ def test_killed_at_random_and_caught_up(site: tuple[Agent, Server, dict[str, Pat
             shown = server.show(name)
             assert shown["generation"] >= newest[name]
             assert Path(shown["path"]).read_bytes() == images[name].read_bytes(), (name, number, SEED)
-        one, other = (agent.policy(name)["last_committed"] for name in ("one", "other"))
-        assert one["began_at"] == other["began_at"], "they are committed together"
+        shown = agent.policies()
+        one, other = (shown[name]["last_committed"] for name in ("one", "other"))
+        assert (one["began_at"], one["seconds"]) == (other["began_at"], other["seconds"]), "committed together"
     assert agent.stop() == 0
     snapshots = [path for path in images["alone"].parent.rglob("*") if "alone" in path.name and path.is_file()]
     assert len(snapshots) <= 6, f"what was interrupted is not left lying about: {snapshots}"

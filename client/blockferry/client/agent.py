@@ -215,15 +215,16 @@ class Agent:
                 one.runs_ended += 1
             self._wake.set()
             self._notify()
-        if error is None:
-            for one in members:
-                await self._note_commit(one, run, reports[one.name], now - run.begun)
-        else:
-            for one in members:
-                await self._note_failure(one, error, now - run.begun)
-        self._notify()
+        # Whoever looks sees that it is over and what came of it, for all members, or nothing of that.
+        for one in members:
+            if error is None:
+                self._note_commit(one, run, reports[one.name], now - run.begun)
+            else:
+                self._note_failure(one, error, now - run.begun)
+        for one in members:
+            await self._remember(one)
 
-    async def _note_commit(self, one: Watched, run: Run, report: Report, seconds: float) -> None:
+    def _note_commit(self, one: Watched, run: Run, report: Report, seconds: float) -> None:
         moment = Moment.at(self.clock, run.begun)
         before = one.memory.committed
         interval = max(0.0, run.begun - before.on(self.clock)) if before is not None else 0.0
@@ -241,28 +242,27 @@ class Agent:
         self._watcher.committed(one.name, report, seconds)
         if one.memory.failure is not None:
             log.info("works again", policy=one.name, generation=outcome.generation)
-        await self._remember(one, committed=moment, last=outcome, failure=None)
+        one.memory = msgspec.structs.replace(one.memory, committed=moment, last=outcome, failure=None)
 
-    async def _note_failure(self, one: Watched, error: BlockferryError, seconds: float) -> None:
+    def _note_failure(self, one: Watched, error: BlockferryError, seconds: float) -> None:
         failure = Failure.of(error, self.clock.wall())
         self._watcher.failed(one.name, error, seconds)
         log.warning("failed", policy=one.name, **{name: value for name, value in error.fields().items() if value})
+        one.memory = msgspec.structs.replace(one.memory, failure=failure)
         self._sound(one, "run-failed", failure)
-        await self._remember(one, failure=failure)
 
-    async def _remember(self, one: Watched, **said: object) -> None:
-        """In the process at once; a disk that does not take it costs what is remembered over a restart, no more."""
+    async def _remember(self, one: Watched) -> None:
+        """A disk that does not take it costs what is remembered over a restart, no more."""
         if self.policies.get(one.name, one) is not one:
             # Another pair of volumes has the name now.
             return
         try:
-            await self._keep(one, **said)
+            await self._keep(one)
         except BlockferryError as error:
             log.error("cannot be remembered", policy=one.name, error=error.line(), next="make room in state_dir")
 
-    async def _keep(self, one: Watched, **said: object) -> None:
+    async def _keep(self, one: Watched) -> None:
         async with one.saving:
-            one.memory = msgspec.structs.replace(one.memory, **said)
             await in_thread(self._state.save, one.name, one.memory)
 
     # --- what went wrong --------------------------------------------------------------------------------------------
@@ -350,17 +350,18 @@ class Agent:
         disk raises."""
         one = self.find(name)
         self._schedule.pause(name)
-        await self._keep(one, paused=True)
+        one.memory = msgspec.structs.replace(one.memory, paused=True)
         self._notify()
+        await self._keep(one)
 
     async def resume(self, name: str) -> None:
         """Go on. As `pause`."""
         one = self.find(name)
-        await self._keep(one, paused=False)
-        if self.policies.get(name) is one:
-            self._schedule.resume(name)
+        self._schedule.resume(name)
+        one.memory = msgspec.structs.replace(one.memory, paused=False)
         self._wake.set()
         self._notify()
+        await self._keep(one)
 
     async def reload(self, config: AgentConfig) -> None:
         """Take up another configuration. What runs goes on under what it began with; bandwidth counts at once."""
