@@ -170,7 +170,7 @@ class Agent:
             return
         try:
             member = cycle.Member(one.name, one.policy, one.limiter)
-            await self._recover([member], cycle.Terms(self.config.state_dir))
+            await self._recover([member], cycle.Terms(self._state.path))
         except (BlockferryError, OSError) as error:
             log.error("cannot put right what the last agent has left", policy=one.name, error=str(error))
 
@@ -200,7 +200,7 @@ class Agent:
         try:
             await self._in_flight.acquire(part)
             try:
-                terms = cycle.Terms(config.state_dir, self._bandwidth, part, config.insecure, config.tls)
+                terms = cycle.Terms(self._state.path, self._bandwidth, part, config.insecure, config.tls)
                 reports = await self._cycle(taking_part, terms)
             finally:
                 self._in_flight.release(part)

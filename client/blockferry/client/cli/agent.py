@@ -236,12 +236,14 @@ async def _sync(arguments: argparse.Namespace, console: Console) -> int:
 
 async def _until_ended(connection: Connection, name: str, before: int) -> pb.Policy:
     request = pb.WatchPoliciesRequest(policy=name)
-    async for message in connection.stream("Agent/WatchPolicies", request, pb.WatchPoliciesResponse):
-        for policy in message.policies:
-            if policy.runs_ended > before:
-                return policy
-        if message.complete and not message.policies:
-            break
+    messages = connection.stream("Agent/WatchPolicies", request, pb.WatchPoliciesResponse)
+    async with contextlib.aclosing(messages):
+        async for message in messages:
+            for policy in message.policies:
+                if policy.runs_ended > before:
+                    return policy
+            if message.complete and not message.policies:
+                break
     raise BlockferryError(
         Code.NOT_FOUND,
         f"there is no policy {name} any more",
