@@ -68,7 +68,7 @@ def _agent(directory: Path, images: list[Path], address: str) -> Iterator[Proces
         f'state_dir = "{directory}/state"',
         'listen = ["grpc://127.0.0.1:0"]',
         'status_page = "127.0.0.1:0"',
-        f"[limits]\ntransfers = {TRANSFERS}\nbytes_in_flight = \"{16 * TRANSFERS}M\"",
+        f'[limits]\ntransfers = {TRANSFERS}\nbytes_in_flight = "{16 * TRANSFERS}M"',
     ]
     for image in images:
         lines.append(f'[policy.{image.stem}]\nsource = "{image}"\ndestination = "{address}/{image.stem}"')

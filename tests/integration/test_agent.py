@@ -194,9 +194,7 @@ def test_sighup_while_something_is_on_its_way(
     assert [line["key"] for line in agent.events("a change that takes effect with the next start")] == ["status_page"]
 
 
-def test_pause_resume_and_watch(
-    root: Path, make_agent: MakeAgent, start_cloning_server: Callable[..., Server]
-) -> None:
+def test_pause_resume_and_watch(root: Path, make_agent: MakeAgent, start_cloning_server: Callable[..., Server]) -> None:
     server = start_cloning_server()
     agent = make_agent({"a": policy(server, source(root, "a"), "a")}).start()
     until(lambda: agent.generation("a") == 1, "it is replicated")

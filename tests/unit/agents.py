@@ -113,9 +113,10 @@ class Stage:
 
     async def ended(self, call: Call) -> None:
         """Wait until what became of a cycle is known, and remembered."""
+        name = f"run of {', '.join(call.names)}"
         async with asyncio.timeout(WAIT_SECONDS):
-            while any(f"run of {', '.join(call.names)}" == name for name in self.supervisor.names()):
-                await asyncio.sleep(0.001)
+            await asyncio.wait([task for task in asyncio.all_tasks() if task.get_name() == name])
+        await asyncio.sleep(0)
 
     async def commit(self, *names: str, **said: Any) -> None:
         """Let the cycle of these policies that is at work end well."""
@@ -171,18 +172,14 @@ async def staged(configured: AgentConfig, clock: FakeClock | None = None) -> Asy
         except asyncio.CancelledError:
             call.cancelled = True
             raise
-        return {
-            name: {**REPORT, "generation": len(calls), "commit_id": f"{len(calls):032x}", **said} for name in names
-        }
+        return {name: {**REPORT, "generation": len(calls), "commit_id": f"{len(calls):032x}", **said} for name in names}
 
     async def alarm(_: Watched, environment: Mapping[str, str]) -> None:
         alarms.append(environment)
         await alarm_ends.wait()
 
     clock = clock or FakeClock()
-    agent = await Agent.open(
-        configured, state, cycle, supervisor, alarm=alarm, watcher=Meters(registry), clock=clock
-    )
+    agent = await Agent.open(configured, state, cycle, supervisor, alarm=alarm, watcher=Meters(registry), clock=clock)
     Standings(agent, registry)
     supervisor.service("schedule", agent.run())
     stage = Stage(agent, clock, supervisor, registry, calls, alarms, incidents, alarm_ends)

@@ -134,7 +134,7 @@ def test_the_default_of_an_agent_is_the_one_of_the_code(path: str) -> None:
     assert written == agent_value(path)
 
 
-@pytest.mark.parametrize("path", [path for path, range in AGENT_RANGES.items() if re.match(r"[\d.]+\w? to ", range)])
+@pytest.mark.parametrize("path", [path for path, said in AGENT_RANGES.items() if re.match(r"[\d.]+\w? to ", said)])
 def test_the_range_of_an_agent_is_the_one_of_the_code(path: str) -> None:
     """The ends of the range are taken, and nothing beyond them."""
     least, most = AGENT_RANGES[path].split(" to ")

@@ -423,9 +423,7 @@ class Machine(RuleBasedStateMachine):
         if running < self.transfers:
             for name in self.policies:
                 standing = self.schedule.standing(name, self.now, self.minute)
-                failures = any(
-                    self.schedule.standing(one, self.now, self.minute).failures for one in self.group(name)
-                )
+                failures = any(self.schedule.standing(one, self.now, self.minute).failures for one in self.group(name))
                 assert standing.state is not State.QUEUED or failures or self.busy(name), name
 
     def busy(self, name: str) -> bool:

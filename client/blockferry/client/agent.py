@@ -140,9 +140,7 @@ class Agent:
         clock: Clock | None = None,
     ) -> Agent:
         """With what is remembered."""
-        agent = cls(
-            config, state, run_cycle, supervisor, alarm=alarm, recover=recover, watcher=watcher, clock=clock
-        )
+        agent = cls(config, state, run_cycle, supervisor, alarm=alarm, recover=recover, watcher=watcher, clock=clock)
         await agent.reload(config)
         return agent
 
@@ -187,14 +185,10 @@ class Agent:
         self._notify()
 
     async def _carry_out(self, run: Run, members: Sequence[Watched]) -> None:
-        taking_part = [
-            cycle.Member(one.name, one.policy, one.limiter, one.progress or Progress()) for one in members
-        ]
+        taking_part = [cycle.Member(one.name, one.policy, one.limiter, one.progress or Progress()) for one in members]
         config = self.config
         # With less than it needs a run would crawl: rather fewer at once.
-        part = max(
-            config.limits.bytes_in_flight // config.limits.transfers, cycle.LEAST_IN_FLIGHT * len(members)
-        )
+        part = max(config.limits.bytes_in_flight // config.limits.transfers, cycle.LEAST_IN_FLIGHT * len(members))
         reports: Mapping[str, Report] = {}
         error: BlockferryError | None = None
         try:

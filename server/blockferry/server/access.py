@@ -12,6 +12,7 @@ from blockferry.v1 import replication_pb2 as pb
 
 # --- what each call needs ---------------------------------------------------------------------------------------------
 
+
 def _volume(right: Right) -> Callable[[Any], Need]:
     return lambda request: (right, [request.volume])
 
