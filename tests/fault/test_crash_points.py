@@ -44,9 +44,13 @@ def _named(*packages: object) -> set[str]:
 
 
 BOTH = _named(blockferry.common)
-SERVER = {name for name in _named(blockferry.server) if not name.startswith("device-")}
-"""Those of devices alone are gone through in test_device_crashes.py."""
-CLIENT = _named(blockferry.client)
+SERVER = {
+    name for name in _named(blockferry.server) if not name.startswith(("device-", "group-", "start-group-"))
+}
+"""Those of devices alone are gone through in test_device_crashes.py, those of several commits in one in
+test_group_commits.py."""
+CLIENT = {name for name in _named(blockferry.client) if not name.startswith("cycle-")}
+"""Those of an agent's replication are gone through in test_cycle_crashes.py."""
 
 CLONES_ONLY = {"open-cloned"}
 _JOURNAL = ("complete-", "commit-undo-", "commit-redo-", "commit-space-", "drop-undo-", "drop-merge-", "delta-")

@@ -252,17 +252,17 @@ _LEARNED_AGAIN = "a confirmation that is lost is learned again from the replica"
 
 _UNDO = (
     "durable.py:rename_durably < durable.py:write_atomic < delta.py:save < journal.py:_capture < journal.py:seal "
-    "< store.py:commit"
+    "< store.py:seal"
 )
 
 _WORK = "durable.py:rename_durably < durable.py:write_atomic < delta.py:save < overlay.py:flush"
 
 COVERED = {
     f"{_WORK} < replica.py:_flush": "the note of progress is renamed next, in the same directory",
-    f"{_WORK} < replica.py:_commit": "the redo is renamed next, in the same directory",
+    f"{_WORK} < commits.py:_seal_one": "the redo is renamed next, in the same directory",
     f"{_WORK} < handover.py:_demote": "the redo is renamed next, in the same directory",
-    f"{_UNDO} < replica.py:_commit": "the redo is renamed next, in the same directory",
-    f"{_UNDO} < handover.py:_demote": "the redo is renamed next, in the same directory",
+    f"{_UNDO} < commits.py:_seal_one": "the redo is renamed next, in the same directory",
+    f"{_UNDO} < store.py:commit < handover.py:_demote": "the redo is renamed next, in the same directory",
     "durable.py:rename_durably < durable.py:write_atomic < commits.py:_write < commits.py:confirm": _LEARNED_AGAIN,
     "durable.py:rename_durably < durable.py:write_atomic < commits.py:_write < commits.py:confirm "
     "< commits.py:reconcile": _LEARNED_AGAIN,

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from blockferry.client import replica, transfer
+from blockferry.client import replica, snapshots, transfer
 from blockferry.client.cli.main import build_parser
 from blockferry.common import rpc
 from blockferry.common.config import ClientLimits, LimitsConfig
@@ -20,7 +20,7 @@ from blockferry.common.nbd import protocol as nbd_protocol
 from blockferry.common.retention import DEFAULT
 from blockferry.common.rpc import to_status
 from blockferry.common.volumes import nbd
-from blockferry.server import base, changes, clones, content, identity, journal, pool, scrub, scrubber, space, store
+from blockferry.server import base, changes, clones, content, groups, identity, journal, pool, scrub, scrubber, space, store
 from blockferry.server.arguments import configuration
 from blockferry.v1 import replicas_pb2, replication_pb2
 
@@ -156,10 +156,12 @@ def test_failback_is_the_line_of_the_readme(tmp_path: Path) -> None:
 
 def test_every_file_of_a_replica_is_described() -> None:
     """The names that store.py, pool.py and commits.py give to files."""
-    names = {store._IDENTITY, store._LOG, store._SESSION, store._PROGRESS, store._CLEAN, pool._LOCK}
+    names = {store._IDENTITY, store.LOG, store._SESSION, store._PROGRESS, store._CLEAN, pool._LOCK}
     names |= {"work.img", "work.redo", base.IMAGE_NAME, pool.SEEDS, content.PROMOTED, scrub.NAME, identity.NAME}
     assert len(names) == 13
     names |= {
+        f"{groups.PREFIX}ID",
+        f"{snapshots.DIRECTORY}/POLICY.json",
         f"COMMIT-ID{clones.IMAGE}",
         f"COMMIT-ID{journal.REDO}",
         f"COMMIT-ID{journal.UNDO}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -201,12 +202,15 @@ _values: st.SearchStrategy[Any] = st.recursive(
 )
 
 
+def loads_or_refuses(document: dict[str, Any]) -> None:
+    """Nothing but a configuration or the loader's own error comes out."""
+    with contextlib.suppress(ConfigError):
+        assert isinstance(validate("agent", document, "f"), AgentConfig)
+
+
 @given(st.dictionaries(st.sampled_from(AgentConfig.__struct_fields__), _values))
 def test_no_document_breaks_the_loader(found: dict[str, Any]) -> None:
-    try:
-        validate("agent", found, "f")
-    except ConfigError as error:
-        assert error.problems
+    loads_or_refuses(found)
 
 
 SOUND = {"source": "/s", "destination": "grpc://127.0.0.1:1/p", "rpo": "1m"}
@@ -214,10 +218,7 @@ SOUND = {"source": "/s", "destination": "grpc://127.0.0.1:1/p", "rpo": "1m"}
 
 @given(st.dictionaries(st.sampled_from(Policy.__struct_fields__), _values))
 def test_no_policy_breaks_the_loader(found: dict[str, Any]) -> None:
-    try:
-        validate("agent", {"policy": {"p": {**SOUND, **found}, "q": {**found, **SOUND}}}, "f")
-    except ConfigError as error:
-        assert error.problems
+    loads_or_refuses({"policy": {"p": {**SOUND, **found}, "q": {**found, **SOUND}}})
 
 
 def test_the_example_has_every_key() -> None:

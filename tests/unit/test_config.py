@@ -323,7 +323,7 @@ def test_one_error_is_a_line_and_many_are_bounded() -> None:
 
 
 def test_the_kind_of_a_file_is_told_by_its_keys() -> None:
-    assert list(KINDS) == ["server"]
+    assert list(KINDS) == ["server", "agent"]
     documents: list[dict[str, object]] = [{}, {"pool": {}}, {"nonsense": 1}]
     for document in documents:
         assert kind_of(document) == "server"

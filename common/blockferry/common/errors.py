@@ -34,6 +34,7 @@ class Code(enum.StrEnum):
     SOURCE_CHANGED = "source-changed"
     DATA_MISMATCH = "data-mismatch"
     CORRUPT_STATE = "corrupt-state"
+    HOOK = "hook"
     UNAVAILABLE = "unavailable"
     PROTOCOL = "protocol"
     INTERNAL = "internal"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
 
@@ -92,6 +92,7 @@ _STATUS = {
     Code.SOURCE_CHANGED: grpc.StatusCode.ABORTED,
     Code.DATA_MISMATCH: grpc.StatusCode.DATA_LOSS,
     Code.CORRUPT_STATE: grpc.StatusCode.DATA_LOSS,
+    Code.HOOK: grpc.StatusCode.ABORTED,
     Code.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     Code.PROTOCOL: grpc.StatusCode.INVALID_ARGUMENT,
     Code.INTERNAL: grpc.StatusCode.INTERNAL,
@@ -515,7 +516,7 @@ class Connection:
         async with self._explained():
             return await cast(Awaitable[M], multi(request))
 
-    async def stream(self, method: str, request: Message, response: type[M]) -> AsyncIterator[M]:
+    async def stream(self, method: str, request: Message, response: type[M]) -> AsyncGenerator[M, None]:
         """A call that is answered by a stream."""
         multi = self._channel.unary_stream(
             f"/blockferry.v1.{method}",

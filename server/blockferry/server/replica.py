@@ -95,6 +95,7 @@ class Replica:
 
     async def _open_session(self, request: pb.OpenSessionRequest, owner: str, opened: list[Session]) -> Session:
         async with self.gate.closed():
+            await self.settle_owed()
             self.refuse_if_gone()
             self._refuse_if_held(request.resume_session_id, owner)
             self._refuse_other_geometry(request)
@@ -132,7 +133,9 @@ class Replica:
         record = SessionRecord(self.store.session.epoch + 1, uuid.uuid4().hex, request.size, request.client[:256])
         await in_thread(self.store.write_session, record)
         crash_point("open-epoch-durable")
+        continued = self.store.content.has_work()
         work, settled, digests = await self.store.begin_work(request.size, snapshot_id)
+        altered, doubt = await self.store.difference(request.size, continued=continued)
         return Session(
             session_id=record.session_id,
             epoch=record.epoch,
@@ -144,10 +147,15 @@ class Replica:
             last_seen=time.monotonic(),
             settled=settled,
             digests=digests,
+            altered=altered,
+            doubt=doubt,
         )
 
     def refuse_if_gone(self) -> None:
-        """Raise NOT_FOUND if it was deleted; the caller has closed the gate."""
+        """Raise NOT_FOUND if it was deleted, and UNAVAILABLE while its log lags behind; the caller has closed the
+        gate."""
+        if self.store.owed is not None:
+            raise self.owed_error()
         if self.gone:
             raise BlockferryError(
                 Code.NOT_FOUND,
@@ -211,7 +219,7 @@ class Replica:
 
     # --- fenced use -----------------------------------------------------------------------------------------------
 
-    def _checked(self, ref: pb.SessionRef) -> Session:
+    def checked(self, ref: pb.SessionRef) -> Session:
         """The open session if `ref` names it. Only what is checked inside the gate holds while writing."""
         held = self.session
         if held is None or held.session_id != ref.session_id or held.epoch != ref.epoch:
@@ -246,7 +254,7 @@ class Replica:
         client inside: whoever wants to take over waits for whoever is in here."""
         async with self.gate.passing():
             try:
-                yield self._checked(ref)
+                yield self.checked(ref)
             except BlockferryError as error:
                 # The client knows the volume by its name, not by a path on this host.
                 error.volume = self.name
@@ -431,41 +439,23 @@ class Replica:
                 await self.store.discard_work()
             self.state = transition(self.name, self.state, Event.CLOSE)
 
-    async def commit(self, ref: pb.SessionRef, commit_id: bytes, keep: Retention | None) -> Point:
-        """Make the session's content the newest generation (invariant 3). Idempotent by commit id."""
-        return await self.to_the_end(self._commit(ref, commit_id, keep))
+    async def settle_owed(self) -> None:
+        """Have the log say what a commit of several sessions has made, where it did not take that at the time; the
+        caller has closed the gate. Raises UNAVAILABLE where it still does not."""
+        if self.store.owed is not None:
+            await self.believe_the_disk()
+            if self.store.owed is not None:
+                raise self.owed_error()
 
-    async def _commit(self, ref: pb.SessionRef, commit_id: bytes, keep: Retention | None) -> Point:
-        began = time.monotonic()
-        async with self.gate.closed():
-            done = self.store.generations.committed(commit_id)
-            if done is not None:
-                return done
-            session = self._checked(ref)
-            state = transition(self.name, self.state, Event.COMMIT)
-            try:
-                await session.volume.flush()
-                crash_point("commit-flushed")
-                if keep is not None:
-                    await in_thread(self.store.generations.set_keep, keep)
-                    crash_point("commit-rules-kept")
-                point = await self.store.commit(session.volume, commit_id, session.geometry.size, session.digests)
-            except (OSError, BlockferryError) as error:
-                # Nothing about the session can be believed; read back what the disk says.
-                session.failed = as_ours(error, f"cannot commit {self.name}")
-                await self.end_session(discard=False)
-                await self.believe_the_disk()
-                await self.store.discard_work()
-                session.failed.volume = self.name
-                raise session.failed from error
-            await self.end_session()
-            self.state = state
-            self.tally.commits += 1
-            self.tally.commit_seconds += time.monotonic() - began
-            await self.points.retire()
-            crash_point("commit-unanswered")
-        self.complete_soon()
-        return point
+    def owed_error(self) -> BlockferryError:
+        """Why nobody may use it before its log says what was committed."""
+        return BlockferryError(
+            Code.UNAVAILABLE,
+            f"{self.name} cannot be used now",
+            cause="it was committed together with others, and its disk did not take the record in its own log yet",
+            next="see to its disk; ask again, or restart the server: the commit stands",
+            volume=self.name,
+        )
 
     async def end_session(self, *, discard: bool = True) -> None:
         """End the open session, if there is one; the caller has closed the gate. What a failed one has done is given up
