@@ -35,14 +35,13 @@ def replica(**numbers: float) -> Samples:
 
 def states(**numbers: float) -> Samples:
     return {
-        f'blockferry_replica_state{{pool="main",state="{name}",volume="db"}}': number for name, number in numbers.items()
+        f'blockferry_replica_state{{pool="main",state="{name}",volume="db"}}': number
+        for name, number in numbers.items()
     }
 
 
 def calls(code: str, *methods: str) -> Samples:
-    return {
-        f'blockferry_server_calls_total{{code="{code}",method="Replication/{method}"}}': 1.0 for method in methods
-    }
+    return {f'blockferry_server_calls_total{{code="{code}",method="Replication/{method}"}}': 1.0 for method in methods}
 
 
 SYNC = ("OpenSession", "GetAllocationMap", "ApplyChanges", "CommitSessions")
@@ -108,7 +107,7 @@ def test_the_states_are_all_told(serving: tuple[Server, str], tmp_path: Path) ->
     server.sync(build(tmp_path / "source.raw", MIB, [(0, noise(1, BLOCK))]), "db")
     shown = {name: value for name, value in scraped(url).items() if name.startswith("blockferry_replica_state")}
     assert shown == states(**{state.value: float(state is State.CONSISTENT) for state in State})
-    ok("replica", "promote", server.url("db"))
+    ok("replica", "promote", server.url("db"), "--yes")
     shown = {name: value for name, value in scraped(url).items() if name.startswith("blockferry_replica_state")}
     assert shown == states(**{state.value: float(state is State.PROMOTED) for state in State})
     ok("replica", "verify", server.url("db"))

@@ -108,9 +108,9 @@ class ServerConfig(msgspec.Struct, frozen=True):
     """`server.toml`."""
 
     listen: tuple[Listen, ...] = (DEFAULT_LISTEN,)
+    insecure: bool = False
     status_page: HostAndPort | None = None
     """None: no metrics over HTTP."""
-    insecure: bool = False
     scrub_every: Duration = 0
     """Seconds; 0: never."""
     tls: Tls | None = None

@@ -134,7 +134,9 @@ class Metrics:
 
     def _scrubbed(self, replicas: list[Replica]) -> Metric:
         family = GaugeMetricFamily(
-            _REPLICA + "scrub_timestamp_seconds", "When a newest generation was last re-read.", labels=["pool", "volume"]
+            _REPLICA + "scrub_timestamp_seconds",
+            "When a newest generation was last re-read.",
+            labels=["pool", "volume"],
         )
         for replica in replicas:
             if (scrub := self._scrubs.get(replica.name)) is not None:
