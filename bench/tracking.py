@@ -1,5 +1,5 @@
-"""What a replication costs where shared extents tell what has changed, against comparing everything by digests; and what
-a trim costs.
+"""What a replication costs where shared extents tell what has changed, against comparing everything by digests; and
+what a trim costs.
 
 A source of 4 GiB full of random data on XFS with reflinks is replicated to a pool on the same kind of file system. Then
 1 % of it is overwritten in single blocks at random places of the regions that change, and it is replicated again, by

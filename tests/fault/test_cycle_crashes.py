@@ -1,8 +1,8 @@
 """Death of the agent at every crash point of a replication: SIGKILL exactly there, in a process of its own.
 
-After each one the members of the group are at the same generation; the next replication succeeds, whatever it finds, and
-brings each replica to what its source holds; then there is one snapshot for each of them, nothing is frozen, and nothing
-else is left. A name that is never hit fails.
+After each one the members of the group are at the same generation; the next replication succeeds, whatever it finds,
+and brings each replica to what its source holds; then there is one snapshot for each of them, nothing is frozen, and
+nothing else is left. A name that is never hit fails.
 """
 
 from __future__ import annotations
