@@ -124,7 +124,9 @@ def generations(server: Server, volumes: Sequence[str]) -> list[int]:
 
 def image(directory: Path, name: str = "a.raw", size: int = SIZE) -> Path:
     """Every second region holds data."""
-    return build(directory / name, size, [(at, noise(f"{name} {at}", REGION)) for at in range(0, size - REGION, 2 * REGION)])
+    return build(
+        directory / name, size, [(at, noise(f"{name} {at}", REGION)) for at in range(0, size - REGION, 2 * REGION)]
+    )
 
 
 async def refused(work: Awaitable[object], code: Code, *words: str) -> BlockferryError:

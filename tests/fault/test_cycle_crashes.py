@@ -27,9 +27,7 @@ SIZE = 24 * REGION + 512
 
 _numbers = itertools.count(1)
 _root = Path(str(blockferry.client.__file__)).parent
-NAMED = {
-    name for path in _root.glob("*.py") for name in re.findall(r"crash_point\(\s*\"([^\"]+)\"", path.read_text())
-}
+NAMED = {name for path in _root.glob("*.py") for name in re.findall(r"crash_point\(\s*\"([^\"]+)\"", path.read_text())}
 CLONES_ONLY = {"cycle-clone-begun", "cycle-cloned"}
 HOOKS_ONLY = {"cycle-freezing", "cycle-frozen", "cycle-thawed"}
 EVERY = {"atomic-before-rename": 5, "rename-before-fsync": 7}

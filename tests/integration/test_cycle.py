@@ -65,7 +65,9 @@ async def test_only_what_was_written_is_looked_at(server: Server, volume: str, c
     assert [record.commit_id for record in Snapshots("p", policies["p"], tmp_path).records] == [first["commit_id"]]
 
     # A block in region 3, which was a hole; one in region 4; region 6 trimmed; the short last region.
-    change(source, [(3 * REGION + 8192, noise("new", 4096)), (4 * REGION, noise("other", 4096)), (SIZE - 10, b"x" * 10)])
+    change(
+        source, [(3 * REGION + 8192, noise("new", 4096)), (4 * REGION, noise("other", 4096)), (SIZE - 10, b"x" * 10)]
+    )
     subprocess.run(
         ["fallocate", "--punch-hole", "--offset", str(6 * REGION), "--length", str(REGION), str(source)], check=True
     )
@@ -128,7 +130,9 @@ async def test_a_balance_in_the_middle_of_looking_is_noticed(
     def extents(fd: int, *arguments: int, sync: bool = False) -> Iterator[tuple[int, int, int, int]]:
         if next(looks) == 3:
             # The base and the new snapshot were looked at; now the base once more.
-            subprocess.run(["btrfs", "balance", "start", "--force", "-d", str(place.parent)], check=True, capture_output=True)
+            subprocess.run(
+                ["btrfs", "balance", "start", "--force", "-d", str(place.parent)], check=True, capture_output=True
+            )
         return real(fd, *arguments, sync=sync)
 
     monkeypatch.setattr(linux, "extents", extents)
@@ -142,7 +146,10 @@ BASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "touched": (lambda clone: os.utime(clone), "was touched"),
     "writable": (lambda clone: clone.chmod(0o600), "can be written to"),
     "gone": (lambda clone: clone.unlink(), "no such file"),
-    "another": (lambda clone: (clone.unlink(), shutil.copy(clone.parent.parent / "a.raw", clone), clone.chmod(0o400)), "was touched"),
+    "another": (
+        lambda clone: (clone.unlink(), shutil.copy(clone.parent.parent / "a.raw", clone), clone.chmod(0o400)),
+        "was touched",
+    ),
 }
 
 
@@ -390,7 +397,9 @@ async def test_bandwidth_is_shared_and_can_be_changed_while_it_runs(
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
-async def test_clones_need_a_file_system_that_clones(server: Server, volume: str, ext4_pool_root: Path, home: Path) -> None:
+async def test_clones_need_a_file_system_that_clones(
+    server: Server, volume: str, ext4_pool_root: Path, home: Path
+) -> None:
     place = ext4_pool_root / f"source-{next(_numbers)}"
     place.mkdir()
     source = image(place)

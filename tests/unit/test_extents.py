@@ -130,9 +130,7 @@ def move(disk: Disk, file: dict[int, Block], share: float) -> None:
 
 
 @given(st.randoms(use_true_random=False), st.integers(0, 30), st.sampled_from((0.0, 0.2, 1.0)))
-def test_what_is_proven_unchanged_is_and_the_rest_is_not_left_out(
-    rng: random.Random, steps: int, moved: float
-) -> None:
+def test_what_is_proven_unchanged_is_and_the_rest_is_not_left_out(rng: random.Random, steps: int, moved: float) -> None:
     disk = made(rng)
     live(disk, steps)
     base = disk.extents(disk.base)

@@ -153,9 +153,7 @@ class _Cycle:
     def __init__(self, members: Sequence[Member], terms: Terms, attempt: int) -> None:
         self._terms = terms
         self._attempt = attempt
-        self._parts = [
-            _Part(one, Snapshots(one.name, one.policy, terms.state_directory), mint()) for one in members
-        ]
+        self._parts = [_Part(one, Snapshots(one.name, one.policy, terms.state_directory), mint()) for one in members]
 
     async def run(self) -> Reports:
         """All of it."""
@@ -282,9 +280,7 @@ class _Cycle:
 
     async def _transfer(self, part: _Part) -> None:
         assert part.syncing is not None
-        transfer = watched(
-            part.syncing.transfer(), part.looks, part.policy.stall_timeout, part.name, part.phase
-        )
+        transfer = watched(part.syncing.transfer(), part.looks, part.policy.stall_timeout, part.name, part.phase)
         if part.record is None:
             await transfer
         else:

@@ -227,9 +227,7 @@ class Snapshots:
         assert method is not None, "a source at rest has no snapshots"
         made_at_us = time.time_ns() // 1000
         path = method.path_for(commit_id)
-        record = Record(
-            commit_id, self.policy.snapshot, self.policy.source, "taking", made_at_us, path, cycle=cycle
-        )
+        record = Record(commit_id, self.policy.snapshot, self.policy.source, "taking", made_at_us, path, cycle=cycle)
         await self._put(record)
         crash_point("cycle-snapshot-begun")
         began = time.monotonic()

@@ -28,9 +28,7 @@ def absolute(text: str) -> Path:
 
 def _listen(text: str) -> str:
     if Address.parse(text).volume:
-        raise bad(
-            f"{text!r} names a volume", "write grpc://HOST:PORT or grpc+unix:///SOCKET: a server serves them all"
-        )
+        raise bad(f"{text!r} names a volume", "write grpc://HOST:PORT or grpc+unix:///SOCKET: a server serves them all")
     return text
 
 
