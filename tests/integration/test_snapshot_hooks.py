@@ -67,7 +67,7 @@ async def test_hooks_run_in_order_and_the_snapshot_is_removed(
     assert hooks.ran() == ["freeze", "snapshot", "thaw", "remove"]
     assert hooks.snapshots == []
     assert report["commit_id"] in hooks.log.read_text()
-    assert report["snapshot"]["method"] == "command"  # type: ignore[index]
+    assert report["snapshot"]["method"] == "command"
     assert replicated(server, volume) == (home / "a.raw").read_bytes()
     assert kept("p", policies["p"], home / "state") == []
 
@@ -77,7 +77,7 @@ async def test_snapshots_of_hooks_are_tracked_where_they_are_clones(server: Serv
     await cycle(policies, home / "state")
     assert len(hooks.snapshots) == 1
     report = (await cycle(policies, home / "state"))["p"]
-    assert (report["full_compare"], report["tracked"]["regions"]) == (None, 0)  # type: ignore[index]
+    assert (report["full_compare"], report["tracked"]["regions"]) == (None, 0)
     assert hooks.ran() == ["freeze", "snapshot", "thaw", "freeze", "snapshot", "thaw", "remove"]
     assert hooks.snapshots == [report["commit_id"]]
 

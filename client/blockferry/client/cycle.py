@@ -16,6 +16,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import structlog
 from blockferry.client.quiescence import Mark, look, refuse_changed
@@ -72,7 +73,7 @@ class Terms:
 
 _Work = Coroutine[object, object, None]
 
-Reports = dict[str, dict[str, object]]
+Reports = dict[str, dict[str, Any]]
 """By policy: the report of its sync (schema 1), with `policy`, `snapshot` and `attempts`."""
 
 
@@ -310,7 +311,7 @@ class _Cycle:
         for part in parts:
             part.confirmed = True
 
-    def _report(self, part: _Part) -> dict[str, object]:
+    def _report(self, part: _Part) -> dict[str, Any]:
         assert part.syncing is not None
         report = part.syncing.report()
         taken = part.record
