@@ -217,8 +217,8 @@ async def test_what_an_interrupted_session_has_left_is_looked_at_too(
             report = (await cycle(policies, home / "state"))["p"]
             assert report["full_compare"] is None
             assert report["results"] == {"zero": 0, "equal": 0, "changed": 3}
-            # Region 21 was a hole, and unmapping it left it one; a journal says so all the same.
-            assert report["tracked"]["regions"] == (3 if kind == "clones" else 4)
+            # Region 21 was a hole, and unmapping it left it one.
+            assert report["tracked"]["regions"] == 3
             assert same(server, {volume: source})
     finally:
         server.stop()
@@ -451,7 +451,8 @@ def _writing_transfer(source: Path, times: int) -> Callable[[Syncing], Awaitable
         await real(self)
         if left[0]:
             left[0] -= 1
-            change(source, [(0, noise(f"while {left}", 4096))])
+            with source.open("r+b", 0) as file:
+                file.write(noise(f"while {left}", 4096))
 
     return transfer
 
