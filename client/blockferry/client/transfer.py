@@ -27,8 +27,9 @@ from pyroaring import BitMap
 BYTES_IN_FLIGHT = 64 * 1024 * 1024
 """Default bound in bytes: half for buffers of source data, half for changes on their way."""
 
-BATCH_SIZE = 8 * 1024 * 1024
-"""Bytes of regions handled together: one hand-off to read, one to hash, one question to the destination."""
+BATCH_SIZE = 16 * 1024 * 1024
+"""Bytes of regions handled together, as far as buffers reach: one hand-off to read, one to hash, one question to the
+destination."""
 
 UNMAP_SIZE = 1024 * 1024 * 1024
 """Bytes unmapped by one message, so that very long runs still show progress."""
@@ -74,7 +75,7 @@ class Transfer:
         self._refiner = Refiner(session.key, plan.geometry.region_size)
         # Under a low bandwidth limit small messages: a large one would take long enough to look stuck.
         self._message_size = min(MESSAGE_SIZE, stream.rate // 4) if stream.rate else MESSAGE_SIZE
-        self._batch = max(BATCH_SIZE // plan.geometry.region_size, 1)
+        self._batch = max(min(BATCH_SIZE, buffer_bytes) // plan.geometry.region_size, 1)
         self._buffers = BufferPool(self._batch * plan.geometry.region_size, buffer_bytes)
 
     async def run(self) -> None:
