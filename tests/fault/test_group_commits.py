@@ -216,7 +216,7 @@ def test_members_may_be_in_two_pools(xfs_pool_root: Path, ext4_pool_root: Path, 
         request = group.die(doom)
         # A server that knows the second pool alone cannot know what became of it, and leaves it as it is.
         alone.start()
-        with Raw(alone.address) as raw, pytest.raises(Refused, match="NOT_FOUND|WRONG_STATE"):
+        with Raw(alone.address) as raw, pytest.raises(Refused, match=r"NOT_FOUND|WRONG_STATE"):
             raw.show("c")
         with Raw(alone.address) as raw, pytest.raises(Refused, match="WRONG_STATE"):
             raw.open("c", SIZE)
