@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from blockferry.client.cycle import Member, Reports, Terms, run_cycle
 from blockferry.client.snapshots import Snapshots
 from blockferry.common import disk
@@ -22,11 +23,13 @@ from blockferry.common.agent_config import Policy
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
 
-from tests.images import KIB
+from tests.images import KIB, build, noise
 from tests.library import generation, replicated
 from tests.support import Server
 
 REGION = 64 * KIB
+SIZE = 40 * REGION + 1000
+"""Bytes of `image`: the last region is short."""
 
 _HOOKS = """#!/bin/sh
 set -e
@@ -117,6 +120,22 @@ def same(server: Server, volumes: Mapping[str, Path]) -> bool:
 def generations(server: Server, volumes: Sequence[str]) -> list[int]:
     """The numbers of the newest generations."""
     return [generation(server, volume) for volume in volumes]
+
+
+def image(directory: Path, name: str = "a.raw", size: int = SIZE) -> Path:
+    """Every second region holds data."""
+    return build(
+        directory / name, size, [(at, noise(f"{name} {at}", REGION)) for at in range(0, size - REGION, 2 * REGION)]
+    )
+
+
+async def refused(work: Awaitable[object], code: Code, *words: str) -> BlockferryError:
+    with pytest.raises(BlockferryError) as caught:
+        await work
+    assert caught.value.code is code, caught.value
+    for word in words:
+        assert word in str(caught.value)
+    return caught.value
 
 
 # --- in a process that dies -------------------------------------------------------------------------------------------

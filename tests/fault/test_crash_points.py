@@ -44,9 +44,7 @@ def _named(*packages: object) -> set[str]:
 
 
 BOTH = _named(blockferry.common)
-SERVER = {
-    name for name in _named(blockferry.server) if not name.startswith(("device-", "group-", "start-group-"))
-}
+SERVER = {name for name in _named(blockferry.server) if not name.startswith(("device-", "group-", "start-group-"))}
 """Those of devices alone are gone through in test_device_crashes.py, those of several commits in one in
 test_group_commits.py."""
 CLIENT = {name for name in _named(blockferry.client) if not name.startswith("cycle-")}

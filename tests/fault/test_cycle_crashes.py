@@ -1,8 +1,8 @@
 """Death of the agent at every crash point of a replication: SIGKILL exactly there, in a process of its own.
 
-After each one the members of the group are at the same generation; the next replication succeeds, whatever it finds, and
-brings each replica to what its source holds; then there is one snapshot for each of them, nothing is frozen, and nothing
-else is left. A name that is never hit fails.
+After each one the members of the group are at the same generation; the next replication succeeds, whatever it finds,
+and brings each replica to what its source holds; then there is one snapshot for each of them, nothing is frozen, and
+nothing else is left. A name that is never hit fails.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ SIZE = 24 * REGION + 512
 
 _numbers = itertools.count(1)
 _root = Path(str(blockferry.client.__file__)).parent
-NAMED = {
-    name for path in _root.glob("*.py") for name in re.findall(r"crash_point\(\s*\"([^\"]+)\"", path.read_text())
-}
+NAMED = {name for path in _root.glob("*.py") for name in re.findall(r"crash_point\(\s*\"([^\"]+)\"", path.read_text())}
 CLONES_ONLY = {"cycle-clone-begun", "cycle-cloned"}
 HOOKS_ONLY = {"cycle-freezing", "cycle-frozen", "cycle-thawed"}
 EVERY = {"atomic-before-rename": 5, "rename-before-fsync": 7}

@@ -20,7 +20,20 @@ from blockferry.common.nbd import protocol as nbd_protocol
 from blockferry.common.retention import DEFAULT
 from blockferry.common.rpc import to_status
 from blockferry.common.volumes import nbd
-from blockferry.server import base, changes, clones, content, groups, identity, journal, pool, scrub, scrubber, space, store
+from blockferry.server import (
+    base,
+    changes,
+    clones,
+    content,
+    groups,
+    identity,
+    journal,
+    pool,
+    scrub,
+    scrubber,
+    space,
+    store,
+)
 from blockferry.server.arguments import configuration
 from blockferry.v1 import replicas_pb2, replication_pb2
 
