@@ -229,8 +229,8 @@ class Schedule:
             if stamp == unit.stamp:
                 self._queue(unit)
         runs = []
-        while len(self._running) < self._transfers and (unit := self._next()) is not None:
-            runs.append(self._begin(unit, now))
+        while len(self._running) < self._transfers and (urgent := self._next()) is not None:
+            runs.append(self._begin(urgent, now))
         return runs
 
     def finished(self, run: Run, now: float, *, committed: bool) -> None:
