@@ -15,7 +15,7 @@ from tests.agents import Agent
 from tests.images import MIB, build, change, noise
 from tests.support import Server, own_directory, run_cli, until
 
-KILLS = int(os.environ.get("BLOCKFERRY_AGENT_KILLS", "6"))
+KILLS = int(os.environ.get("BLOCKFERRY_AGENT_KILLS", "4"))
 SEED = int(os.environ.get("BLOCKFERRY_SOAK_SEED", "5"))
 SIZE = 8 * MIB
 NAMES = ("alone", "one", "other")
