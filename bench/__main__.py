@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import allocation, commits, datapath, floor, nbd, tracking
+from bench import agents, allocation, commits, datapath, floor, nbd, schedule, tracking
 
 ENTRIES = {
     allocation.NAME: allocation.measure,
@@ -24,6 +24,8 @@ ENTRIES = {
     commits.NAME: commits.measure,
     floor.NAME: floor.measure,
     tracking.NAME: tracking.measure,
+    schedule.NAME: schedule.measure,
+    agents.NAME: agents.measure,
 }
 RESULTS = Path(__file__).resolve().parent / "results"
 

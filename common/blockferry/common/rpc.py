@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
 
 import grpc
@@ -490,7 +490,7 @@ class Connection:
         async with self._explained():
             return await cast(Awaitable[M], multi(request))
 
-    async def stream(self, method: str, request: Message, response: type[M]) -> AsyncIterator[M]:
+    async def stream(self, method: str, request: Message, response: type[M]) -> AsyncGenerator[M, None]:
         """A call that is answered by a stream."""
         multi = self._channel.unary_stream(
             f"/blockferry.v1.{method}",

@@ -13,6 +13,7 @@ from blockferry.common import linux, rpc, telemetry
 from blockferry.common.config import DeviceConfig, PoolConfig, ServerConfig
 from blockferry.common.credentials import Credentials
 from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.serving import add_health_and_reflection
 from blockferry.common.settings import USELESS, plaintext
 from blockferry.common.volumes import in_thread
 from blockferry.server import handshakes, space
@@ -26,8 +27,6 @@ from blockferry.server.replicas import ReplicasService
 from blockferry.server.replication import ReplicationService
 from blockferry.server.scrubber import Scrubber
 from blockferry.v1 import replicas_pb2, replication_pb2
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 log = structlog.get_logger("blockferry.server")
 
@@ -70,7 +69,7 @@ async def serve(config: ServerConfig) -> None:
         }
         for descriptor, servicer in services.items():
             rpc.add_service(server, descriptor, servicer, access, raw=getattr(servicer, "RAW_METHODS", ()))
-        await _add_health_and_reflection(server, [descriptor.full_name for descriptor in services])
+        await add_health_and_reflection(server, [descriptor.full_name for descriptor in services])
 
         addresses = [rpc.bind(server, uri, insecure=config.insecure, credentials=credentials) for uri in config.listen]
         await server.start()
@@ -100,14 +99,6 @@ def _device(name: str, device: DeviceConfig, insecure: bool) -> DeviceSpec:
     return DeviceSpec(
         name, device.path, device.journal, device.journal_limit, floor=device.keep_at_least, insecure=insecure
     )
-
-
-async def _add_health_and_reflection(server: rpc.Server, names: list[str]) -> None:
-    checker = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(checker, server)
-    for name in ["", *names]:
-        await checker.set(name, health_pb2.HealthCheckResponse.SERVING)
-    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
+from blockferry.common.access import identity_of
 from blockferry.common.address import check_volume_name
 from blockferry.common.digests import KEY_SIZE, PIECE_SIZE
 from blockferry.common.errors import BlockferryError, Code
@@ -20,7 +21,7 @@ from blockferry.common.wire import (
     runs_to_wire,
 )
 from blockferry.server import commits
-from blockferry.server.access import Access, identity_of
+from blockferry.server.access import Access
 from blockferry.server.changes import ChangeReceiver
 from blockferry.server.generations import Point
 from blockferry.server.limits import Limits

@@ -19,6 +19,7 @@ import uvloop
 from blockferry.client.cli.render import Console
 from blockferry.common import linux, retention
 from blockferry.common.address import check_volume_name
+from blockferry.common.agent_config import DEFAULT_SOCKET
 from blockferry.common.arguments import argument
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import check_region_size
@@ -154,6 +155,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(pool, "list", "list the pools of a server and the room they have").add_argument("address", metavar="ADDRESS")
 
+    _add_agent(commands, add)
+
     config = commands.add_parser("config", help="look at configuration files").add_subparsers(
         dest="subcommand", required=True, metavar="COMMAND"
     )
@@ -161,6 +164,33 @@ def build_parser() -> argparse.ArgumentParser:
     checked.add_argument("file", type=Path, metavar="FILE")
     _add_pki(commands, add)
     return parser
+
+
+def _add_agent(
+    commands: argparse._SubParsersAction[_Parser],
+    add: Callable[[argparse._SubParsersAction[_Parser], str, str], argparse.ArgumentParser],
+) -> None:
+    agent = commands.add_parser("agent", help="look at an agent's policies, and direct them").add_subparsers(
+        dest="subcommand", required=True, metavar="COMMAND"
+    )
+    status = add(commands, "status", "show what the policies of an agent are at")
+    status.add_argument("--watch", action="store_true", help="go on showing it")
+    shown = add(agent, "status", "show what policies are at, how far they lag behind, and why")
+    watched = add(agent, "watch", "show policies whenever they change; with --json an object for each change")
+    synced = add(agent, "sync", "replicate a policy now, and its group")
+    paused = add(agent, "pause", "begin nothing more of a policy and its group")
+    resumed = add(agent, "resume", "go on with a paused policy, and end its back-off")
+    planned = add(agent, "plan", "show what a replication would read, send and unmap now, without doing it")
+    synced.add_argument("--wait", action="store_true", help="until it is over; exit status 1 if it fails")
+    for one in (status, shown, watched):
+        one.add_argument("policy", nargs="?", default="", metavar="POLICY", help="only this one")
+    for one in (synced, paused, resumed, planned):
+        one.add_argument("policy", metavar="POLICY")
+    for one in (status, shown, watched, synced, paused, resumed, planned):
+        one.add_argument(
+            "--agent", default=DEFAULT_SOCKET, metavar="ADDRESS",
+            help=f"grpc+unix:///SOCKET or grpcs://HOST:PORT (default {DEFAULT_SOCKET})",
+        )  # fmt: skip
 
 
 def _add_pki(
@@ -221,6 +251,10 @@ def _find(arguments: argparse.Namespace) -> Command:
         from blockferry.client.cli import pki
 
         return pki.COMMANDS[name]
+    if arguments.command in ("agent", "status"):
+        from blockferry.client.cli import agent
+
+        return agent.COMMANDS[name]
     from blockferry.client.cli import config, handover, pools, replicate
 
     return {**replicate.COMMANDS, **handover.COMMANDS, **pools.COMMANDS, **config.COMMANDS}[name]
