@@ -1,5 +1,5 @@
-"""What a replication costs where shared extents tell what has changed, against comparing everything by digests; and what
-a trim costs.
+"""What a replication costs where shared extents tell what has changed, against comparing everything by digests; and
+what a trim costs.
 
 A source of 4 GiB full of random data on XFS with reflinks is replicated to a pool on the same kind of file system. Then
 1 % of it is overwritten in single blocks at random places of the regions that change, and it is replicated again, by
@@ -102,7 +102,15 @@ def _both(source: Path, pool: Path, state: Path, tracking: str, seed: str) -> tu
             else:
                 length = int(SIZE * (BEFORE - AFTER))
                 subprocess.run(
-                    ["fallocate", "--punch-hole", "--offset", str(int(SIZE * AFTER)), "--length", str(length), str(source)],
+                    [
+                        "fallocate",
+                        "--punch-hole",
+                        "--offset",
+                        str(int(SIZE * AFTER)),
+                        "--length",
+                        str(length),
+                        str(source),
+                    ],
                     check=True,
                 )
             report, seconds = _replicate(source, server, tracking, state)
@@ -163,15 +171,17 @@ def measure() -> dict[str, Any]:
         if tracking == "reflink" and report["full_compare"]
     ]
     if shares >= MOST_READ_SHARE:
-        broken.append(f"with shared extents {shares:.1%} of the bytes were read; under {MOST_READ_SHARE:.0%} is promised")
+        broken.append(
+            f"with shared extents {shares:.1%} of the bytes were read; under {MOST_READ_SHARE:.0%} is promised"
+        )
     if trimmed["bytes"]["data_sent"]:
         broken.append(f"a trim sent {trimmed['bytes']['data_sent']} bytes of data; none is promised")
     return {
         "name": NAME,
         "title": "the second replication of 4 GiB: shared extents and digests (XFS to XFS)",
         "rows": rows,
-        "summary": f"shared extents read {shares:.1%} of what digests read (bound {MOST_READ_SHARE:.0%}); medians of {RUNS}, "
-        "both in turn, memory-backed, page cache warm",
+        "summary": f"shared extents read {shares:.1%} of what digests read (bound {MOST_READ_SHARE:.0%}); medians of "
+        f"{RUNS}, both in turn, memory-backed, page cache warm",
         "read_share": shares,
         "broken": broken,
     }

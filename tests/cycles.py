@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 from blockferry.client.cycle import Member, Reports, Terms, run_cycle
 from blockferry.client.snapshots import Snapshots
 from blockferry.common import disk
@@ -22,11 +24,13 @@ from blockferry.common.agent_config import Policy
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
 
-from tests.images import KIB
+from tests.images import KIB, build, noise
 from tests.library import generation, replicated
 from tests.support import Server
 
 REGION = 64 * KIB
+SIZE = 40 * REGION + 1000
+"""Bytes of `image`: the last region is short."""
 
 _HOOKS = """#!/bin/sh
 set -e
@@ -34,7 +38,8 @@ echo "$BLOCKFERRY_HOOK $BLOCKFERRY_POLICY $BLOCKFERRY_SNAPSHOT_ID" >> {log}
 case $BLOCKFERRY_HOOK in
 freeze) {freeze} ;;
 thaw) {thaw} ;;
-snapshot) cp --reflink=always "$BLOCKFERRY_SOURCE" "{place}/$BLOCKFERRY_SNAPSHOT_ID"; chmod 400 "{place}/$BLOCKFERRY_SNAPSHOT_ID"
+snapshot) cp --reflink=always "$BLOCKFERRY_SOURCE" "{place}/$BLOCKFERRY_SNAPSHOT_ID"
+    chmod 400 "{place}/$BLOCKFERRY_SNAPSHOT_ID"
     {snapshot}; echo "{place}/$BLOCKFERRY_SNAPSHOT_ID" ;;
 remove) rm -f "{place}/$BLOCKFERRY_SNAPSHOT_ID"; {remove} ;;
 esac
@@ -117,6 +122,40 @@ def same(server: Server, volumes: Mapping[str, Path]) -> bool:
 def generations(server: Server, volumes: Sequence[str]) -> list[int]:
     """The numbers of the newest generations."""
     return [generation(server, volume) for volume in volumes]
+
+
+def image(directory: Path, name: str = "a.raw", size: int = SIZE) -> Path:
+    """Every second region holds data."""
+    return build(
+        directory / name, size, [(at, noise(f"{name} {at}", REGION)) for at in range(0, size - REGION, 2 * REGION)]
+    )
+
+
+def run(*words: object) -> int:
+    """Run a program of the system's; its exit status."""
+    return subprocess.run([str(word) for word in words], capture_output=True, check=False).returncode
+
+
+def must(*words: object) -> None:
+    """Run one that must succeed."""
+    assert run(*words) == 0, words
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process still does anything."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+async def refused(work: Awaitable[object], code: Code, *words: str) -> BlockferryError:
+    with pytest.raises(BlockferryError) as caught:
+        await work
+    assert caught.value.code is code, caught.value
+    for word in words:
+        assert word in str(caught.value)
+    return caught.value
 
 
 # --- in a process that dies -------------------------------------------------------------------------------------------

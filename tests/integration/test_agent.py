@@ -107,7 +107,7 @@ def test_only_what_changed_is_looked_at_and_counted(
     before = agent.metrics()
     first = agent.policy("a")["last_committed"]
     assert (first["data_sent"], first["volume_size"]) == (4 * MIB, 8 * MIB)
-    assert first["full_compare"] == "nothing is committed yet"
+    assert first["full_compare"] == "no changes were tracked"
     assert before['blockferry_policy_state{policy="a",state="waiting"}'] == 1
 
     change(image, [(MIB, noise("changed", 3 * 4096))])
@@ -229,7 +229,7 @@ def test_plan_and_status_for_people(
     assert heading.split()[:2] == ["POLICY", "STATE"]
     assert a.split()[:2] == ["a", "waiting"] and "of 1:00:00" in a and "due in" in a
     assert x.split()[0] == "x"
-    assert notes[0] == "a: everything was compared: nothing is committed yet"
+    assert notes[0] == "a: everything was compared: no changes were tracked"
     assert notes[1].startswith("x: failed") and ";" in notes[1]
     done = run_cli("agent", "status", "a", "--agent", agent.address)
     assert done.stdout.splitlines()[0] == "a: waiting"

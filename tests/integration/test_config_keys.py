@@ -359,6 +359,7 @@ def test_plaintext_for_other_machines_is_insecure(tmp_path: Path, insecure: str)
 
 _AGENT = "integration/test_agent.py"
 _CYCLE = "integration/test_cycle.py"
+_HOOKS = "integration/test_snapshot_hooks.py"
 _SCHEDULE = "unit/test_schedule.py"
 _TLS = f"{_AGENT} test_over_tls_grants_decide"
 
@@ -375,8 +376,8 @@ AGENT_KEYS: dict[str, str] = {
     "policy.NAME.source": f"{_AGENT} test_policies_are_kept_within_their_rpo_whatever_becomes_of_others",
     "policy.NAME.destination": f"{_AGENT} test_policies_are_kept_within_their_rpo_whatever_becomes_of_others",
     "policy.NAME.rpo": f"{_SCHEDULE} test_from_start_to_start",
-    "policy.NAME.snapshot": f"{_CYCLE} test_hooks_run_in_order_and_the_snapshot_is_removed",
-    "policy.NAME.tracking": f"{_CYCLE} test_snapshots_of_hooks_are_tracked_where_they_are_clones",
+    "policy.NAME.snapshot": f"{_HOOKS} test_hooks_run_in_order_and_the_snapshot_is_removed",
+    "policy.NAME.tracking": f"{_HOOKS} test_snapshots_of_hooks_are_tracked_where_they_are_clones",
     "policy.NAME.bandwidth": f"{_AGENT} test_sighup_while_something_is_on_its_way",
     "policy.NAME.window": f"{_SCHEDULE} test_who_is_outside_of_a_window_waits_for_it",
     "policy.NAME.priority": f"{_SCHEDULE} test_no_more_than_the_transfers_and_the_most_urgent_first",
@@ -387,12 +388,12 @@ AGENT_KEYS: dict[str, str] = {
     },
     "policy.NAME.region_size": f"{_AGENT} test_retention_and_regions_are_those_of_the_policy",
     "policy.NAME.snapshot_dir": f"{_AGENT} test_retention_and_regions_are_those_of_the_policy",
-    "policy.NAME.snapshot_floor": f"{_CYCLE} test_below_the_floor_no_snapshot_is_taken",
+    "policy.NAME.snapshot_floor": f"{_HOOKS} test_below_the_floor_no_snapshot_is_taken",
     "policy.NAME.clone_limit": f"{_CYCLE} test_a_clone_that_takes_too_long_is_given_up",
     "policy.NAME.stall_timeout": f"{_CYCLE} test_what_makes_no_progress_is_ended",
-    "policy.NAME.hook_timeout": f"{_CYCLE} test_a_hook_that_hangs_is_killed_with_all_that_it_started",
+    "policy.NAME.hook_timeout": f"{_HOOKS} test_a_hook_that_hangs_is_killed_with_all_that_it_started",
     **{
-        f"policy.NAME.hooks.{hook}": f"{_CYCLE} test_hooks_run_in_order_and_the_snapshot_is_removed"
+        f"policy.NAME.hooks.{hook}": f"{_HOOKS} test_hooks_run_in_order_and_the_snapshot_is_removed"
         for hook in ("freeze", "snapshot", "thaw", "remove")
     },
     "policy.NAME.hooks.failure": f"{_AGENT} test_policies_are_kept_within_their_rpo_whatever_becomes_of_others",

@@ -154,7 +154,7 @@ async def test_what_was_replicated_is_not_replicated_again_after_a_restart(tmp_p
     async with staged(configured, clock) as stage:
         assert stage.at_work() == [("b",)]
         shown = policy_message(stage.agent, stage.agent.policies["a"])
-        assert (shown.lag_ms, shown.last_committed.generation) == (50_000, 1)
+        assert (shown.lag_ms, shown.last_committed.generation) == (50_000, 2)
         await stage.pass_time(40.0)
         assert ("a",) in stage.at_work()
     # After a reboot the wall clock is all there is; this one shows that two days have passed.
@@ -165,8 +165,9 @@ async def test_what_was_replicated_is_not_replicated_again_after_a_restart(tmp_p
 
 
 async def test_a_pause_outlasts_a_restart(tmp_path: Path) -> None:
+    clock = FakeClock()
     configured = config(tmp_path, a=policy("a", group="g"), b=policy("b", group="g"))
-    async with staged(configured) as stage:
+    async with staged(configured, clock) as stage:
         await stage.commit("a", "b")
         await stage.agent.pause("a")
         with pytest.raises(BlockferryError) as caught:
@@ -175,7 +176,7 @@ async def test_a_pause_outlasts_a_restart(tmp_path: Path) -> None:
         assert "a is paused" in caught.value.line()
         await stage.pass_time(1000.0)
         assert stage.at_work() == []
-    async with staged(configured) as stage:
+    async with staged(configured, clock) as stage:
         assert stage.agent.standing("b").state is State.PAUSED
         await stage.agent.resume("a")
         await stage.pass_time()

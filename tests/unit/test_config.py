@@ -15,11 +15,9 @@ from blockferry.common.config import (
     ClientLimits,
     ConfigError,
     DeviceConfig,
-    Grant,
     LimitsConfig,
     PoolConfig,
     ServerConfig,
-    Tls,
     kind_of,
     load_document,
     load_server,
@@ -28,6 +26,7 @@ from blockferry.common.config import (
 )
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
+from blockferry.common.settings import Grant, Tls
 from blockferry.common.strict import read
 from hypothesis import example, given
 from hypothesis import strategies as st

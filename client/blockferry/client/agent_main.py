@@ -90,7 +90,8 @@ async def serve(path: Path, run_cycle: Cycle = cycle.run_cycle) -> None:
         if credentials is not None:
             supervisor.service("certificates", credentials.watch())
         notify.ready()
-        await _until_end(signals, supervisor)
+        supervisor.failed.add_done_callback(lambda _: signals.end.set())
+        await signals.end.wait()
     finally:
         notify.stopping()
         agent.end()
@@ -117,12 +118,6 @@ def _make_directories(config: AgentConfig) -> None:
                 make_directories(Path(socket).parent)
             except OSError as error:
                 raise from_os_error(error, f"cannot listen on {uri}") from error
-
-
-async def _until_end(signals: Signals, supervisor: Supervisor) -> None:
-    end = asyncio.create_task(signals.end.wait(), name="end")
-    await asyncio.wait([end, supervisor.failed], return_when=asyncio.FIRST_COMPLETED)
-    end.cancel()
 
 
 async def _drain(signals: Signals, supervisor: Supervisor) -> None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import structlog
 from blockferry.client.quiescence import Mark, look, refuse_changed
@@ -72,7 +73,7 @@ class Terms:
 
 _Work = Coroutine[object, object, None]
 
-Reports = dict[str, dict[str, object]]
+Reports = dict[str, dict[str, Any]]
 """By policy: the report of its sync (schema 1), with `policy`, `snapshot` and `attempts`."""
 
 
@@ -153,9 +154,7 @@ class _Cycle:
     def __init__(self, members: Sequence[Member], terms: Terms, attempt: int) -> None:
         self._terms = terms
         self._attempt = attempt
-        self._parts = [
-            _Part(one, Snapshots(one.name, one.policy, terms.state_directory), mint()) for one in members
-        ]
+        self._parts = [_Part(one, Snapshots(one.name, one.policy, terms.state_directory), mint()) for one in members]
 
     async def run(self) -> Reports:
         """All of it."""
@@ -282,9 +281,7 @@ class _Cycle:
 
     async def _transfer(self, part: _Part) -> None:
         assert part.syncing is not None
-        transfer = watched(
-            part.syncing.transfer(), part.looks, part.policy.stall_timeout, part.name, part.phase
-        )
+        transfer = watched(part.syncing.transfer(), part.looks, part.policy.stall_timeout, part.name, part.phase)
         if part.record is None:
             await transfer
         else:
@@ -314,7 +311,7 @@ class _Cycle:
         for part in parts:
             part.confirmed = True
 
-    def _report(self, part: _Part) -> dict[str, object]:
+    def _report(self, part: _Part) -> dict[str, Any]:
         assert part.syncing is not None
         report = part.syncing.report()
         taken = part.record

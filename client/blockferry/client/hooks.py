@@ -24,9 +24,7 @@ _MOST_SHOWN = 300
 """Characters of what a hook said on its standard error that an error repeats."""
 
 
-async def run_hook(
-    name: str, words: Sequence[str], environment: Mapping[str, str], seconds: float, volume: str
-) -> str:
+async def run_hook(name: str, words: Sequence[str], environment: Mapping[str, str], seconds: float, volume: str) -> str:
     """Run the hook called `name` of a policy; what it printed on its standard output. `environment` is added to the
     agent's own. Raises HOOK where it cannot be run, fails, or takes longer than `seconds`."""
     try:
@@ -48,7 +46,10 @@ async def run_hook(
     except TimeoutError as error:
         await _kill(process)
         raise _failed(
-            name, volume, f"{words[0]} took longer than {seconds:g} s and was killed", "make it faster, or raise hook_timeout"
+            name,
+            volume,
+            f"{words[0]} took longer than {seconds:g} s and was killed",
+            "make it faster, or raise hook_timeout",
         ) from error
     except BaseException:
         await _kill(process)
@@ -57,7 +58,10 @@ async def run_hook(
         complaint = " ".join(complained.split())[-_MOST_SHOWN:]
         how = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
         raise _failed(
-            name, volume, f"{words[0]} {how}" + (f": {complaint}" if complaint else ""), "look at what it does, and repair it"
+            name,
+            volume,
+            f"{words[0]} {how}" + (f": {complaint}" if complaint else ""),
+            "look at what it does, and repair it",
         )
     return said
 
@@ -100,6 +104,4 @@ async def _kill(process: asyncio.subprocess.Process) -> None:
 
 
 def _failed(name: str, volume: str, cause: str, next_step: str) -> BlockferryError:
-    return BlockferryError(
-        Code.HOOK, f"{volume}: the {name} hook failed", cause=cause, next=next_step, volume=volume
-    )
+    return BlockferryError(Code.HOOK, f"{volume}: the {name} hook failed", cause=cause, next=next_step, volume=volume)

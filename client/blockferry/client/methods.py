@@ -97,7 +97,10 @@ class Clones(Method):
         if "No space left" in error.cause:
             code, next_step = Code.OUT_OF_SPACE, "free or add space; nothing was changed"
         elif "took longer" in error.cause:
-            code, next_step = Code.UNAVAILABLE, "defragment the source, raise clone_limit, or take snapshots another way"
+            code, next_step = (
+                Code.UNAVAILABLE,
+                "defragment the source, raise clone_limit, or take snapshots another way",
+            )
         elif "No such file" in error.cause:
             code, next_step = Code.NOT_FOUND, "check the path of the source"
         else:
@@ -146,7 +149,9 @@ class Commands(Method):
         words, seconds = self.policy.hooks.snapshot, self.policy.hook_timeout
         said = (await run_hook("snapshot", words, environment, seconds, self.name)).split("\n")
         lines = [line.strip() for line in said if line.strip()]
-        if len(lines) != 1 or not (lines[0].startswith(("/", "file://")) or is_nbd_uri(lines[0]) or is_address(lines[0])):
+        if len(lines) != 1 or not (
+            lines[0].startswith(("/", "file://")) or is_nbd_uri(lines[0]) or is_address(lines[0])
+        ):
             raise BlockferryError(
                 Code.HOOK,
                 f"{self.name}: the snapshot hook failed",

@@ -229,8 +229,8 @@ class Schedule:
             if stamp == unit.stamp:
                 self._queue(unit)
         runs = []
-        while len(self._running) < self._transfers and (unit := self._next()) is not None:
-            runs.append(self._begin(unit, now))
+        while len(self._running) < self._transfers and (urgent := self._next()) is not None:
+            runs.append(self._begin(urgent, now))
         return runs
 
     def finished(self, run: Run, now: float, *, committed: bool) -> None:
@@ -248,6 +248,9 @@ class Schedule:
             units[id(unit)] = unit
             if entry.terms.identity != identity:
                 continue
+            if entry.begun is None:
+                # It was gone for a while, and has come back.
+                entry.begun = run.begun
             if committed:
                 entry.committed = run.begun
                 entry.failures = 0
@@ -273,8 +276,10 @@ class Schedule:
         rpo = entry.terms.rpo
         late = now - base > rpo
         if entry.running is not None:
-            # Begun in time, and not longer at work than until the next start.
-            late = entry.running - base > rpo or now - entry.running > rpo
+            # Begun in time, and not longer at work than until the next start; what runs may have begun before there was
+            # anything to be late with.
+            begun = max(entry.running, base)
+            late = begun - base > rpo or now - begun > rpo
         due = unit.due_at()
         state = self._state(entry, unit, now, minute, due)
         return Standing(state, now - base, late, max(0.0, due - now), entry.failures)

@@ -1,4 +1,4 @@
-"""The snapshots of one policy: taken, kept as the base of the next replication, and removed; none is ever lost sight of.
+"""The snapshots of one policy: taken, kept as the base of the next replication, and removed; none is lost sight of.
 
     STATE/snapshots/POLICY.json    every snapshot that exists or may exist, and whether something is frozen
 
@@ -7,9 +7,9 @@ A record is durable before its snapshot is begun and goes after it is gone, so w
     taking ──▶ taken ──commit confirmed──▶ base ──a later one confirmed──▶ removing ──▶ (gone)
        └─────────┴──────────gave up─────────────────────────────────────────▲
 
-The commit id is minted with the record, long before the commit is asked for. If nobody heard whether that happened, the
-snapshot stays `taken` until a session tells which generation is the newest: `resolve`. Nothing is ever taken for the base
-because it looks like one.
+The commit id is minted with the record, long before the commit is asked for. If nobody heard whether that happened,
+the snapshot stays `taken` until a session tells which generation is the newest: `resolve`. Nothing is ever taken for
+the base because it looks like one.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ DIRECTORY = "snapshots"
 
 
 class Record(msgspec.Struct, frozen=True):
-    """One snapshot. `path` is a file or a URI, empty while it is not known; `seconds` is how long it took; `cycle` is the
-    same for all that were taken together."""
+    """One snapshot. `path` is a file or a URI, empty while it is not known; `seconds` is how long it took; `cycle` is
+    the same for all that were taken together."""
 
     commit_id: str
     method: str
@@ -227,9 +227,7 @@ class Snapshots:
         assert method is not None, "a source at rest has no snapshots"
         made_at_us = time.time_ns() // 1000
         path = method.path_for(commit_id)
-        record = Record(
-            commit_id, self.policy.snapshot, self.policy.source, "taking", made_at_us, path, cycle=cycle
-        )
+        record = Record(commit_id, self.policy.snapshot, self.policy.source, "taking", made_at_us, path, cycle=cycle)
         await self._put(record)
         crash_point("cycle-snapshot-begun")
         began = time.monotonic()
@@ -267,8 +265,8 @@ class Snapshots:
     # --- what becomes of them -------------------------------------------------------------------------------------
 
     async def resolve(self, newest_commit_id: bytes, current: Record) -> None:
-        """A session tells what the replica's newest generation is: the snapshot with that commit id is the base, and all
-        others but `current` are of no use."""
+        """A session tells what the replica's newest generation is: the snapshot with that commit id is the base, and
+        all others but `current` are of no use."""
         for record in self.records:
             if record.commit_id == current.commit_id:
                 continue

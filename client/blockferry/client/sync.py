@@ -136,9 +136,7 @@ class Syncing:
         options = self.options
         await _refuse_source_in_use(self.source, options)
         async with contextlib.AsyncExitStack() as held:
-            self.connection = Connection(
-                self.destination.require_volume(), insecure=options.insecure, tls=options.tls
-            )
+            self.connection = Connection(self.destination.require_volume(), insecure=options.insecure, tls=options.tls)
             held.push_async_callback(self.connection.close)
             self.session = await ReplicaSession.open(
                 self.connection,

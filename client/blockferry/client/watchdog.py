@@ -19,7 +19,11 @@ _left_behind: set[asyncio.Task[object]] = set()
 
 
 async def watched(
-    work: Coroutine[object, object, T], look: Callable[[], object], seconds: float, volume: str, phase: Callable[[], str]
+    work: Coroutine[object, object, T],
+    look: Callable[[], object],
+    seconds: float,
+    volume: str,
+    phase: Callable[[], str],
 ) -> T:
     """Finish `work`. It is cancelled, and UNAVAILABLE is raised, where what `look` returns has been the same for
     `seconds`; `phase` says what it was doing then."""

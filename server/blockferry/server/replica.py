@@ -18,7 +18,6 @@ from blockferry.common.retention import Retention
 from blockferry.common.volumes import in_thread
 from blockferry.server import apply
 from blockferry.server.gate import Gate
-from blockferry.server.generations import Point
 from blockferry.server.points import Points
 from blockferry.server.room import ReplicaRoom, Room
 from blockferry.server.session import Event, State, state_at_rest, transition
