@@ -180,8 +180,8 @@ def measure() -> dict[str, Any]:
         "name": NAME,
         "title": "the second replication of 4 GiB: shared extents and digests (XFS to XFS)",
         "rows": rows,
-        "summary": f"shared extents read {shares:.1%} of what digests read (bound {MOST_READ_SHARE:.0%}); medians of {RUNS}, "
-        "both in turn, memory-backed, page cache warm",
+        "summary": f"shared extents read {shares:.1%} of what digests read (bound {MOST_READ_SHARE:.0%}); medians of "
+        f"{RUNS}, both in turn, memory-backed, page cache warm",
         "read_share": shares,
         "broken": broken,
     }

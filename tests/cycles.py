@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import subprocess
 import time
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,8 @@ echo "$BLOCKFERRY_HOOK $BLOCKFERRY_POLICY $BLOCKFERRY_SNAPSHOT_ID" >> {log}
 case $BLOCKFERRY_HOOK in
 freeze) {freeze} ;;
 thaw) {thaw} ;;
-snapshot) cp --reflink=always "$BLOCKFERRY_SOURCE" "{place}/$BLOCKFERRY_SNAPSHOT_ID"; chmod 400 "{place}/$BLOCKFERRY_SNAPSHOT_ID"
+snapshot) cp --reflink=always "$BLOCKFERRY_SOURCE" "{place}/$BLOCKFERRY_SNAPSHOT_ID"
+    chmod 400 "{place}/$BLOCKFERRY_SNAPSHOT_ID"
     {snapshot}; echo "{place}/$BLOCKFERRY_SNAPSHOT_ID" ;;
 remove) rm -f "{place}/$BLOCKFERRY_SNAPSHOT_ID"; {remove} ;;
 esac
@@ -127,6 +129,24 @@ def image(directory: Path, name: str = "a.raw", size: int = SIZE) -> Path:
     return build(
         directory / name, size, [(at, noise(f"{name} {at}", REGION)) for at in range(0, size - REGION, 2 * REGION)]
     )
+
+
+def run(*words: object) -> int:
+    """Run a program of the system's; its exit status."""
+    return subprocess.run([str(word) for word in words], capture_output=True, check=False).returncode
+
+
+def must(*words: object) -> None:
+    """Run one that must succeed."""
+    assert run(*words) == 0, words
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process still does anything."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 async def refused(work: Awaitable[object], code: Code, *words: str) -> BlockferryError:

@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import os
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -23,7 +22,7 @@ from blockferry.common.flow import RateLimiter
 from blockferry.common.retention import Retention
 from blockferry.v1 import replication_pb2 as pb
 
-from tests.cycles import REGION, SIZE, clones_of, cycle, image, kept, policy, refused, same
+from tests.cycles import REGION, SIZE, clones_of, cycle, image, kept, must, policy, refused, run, same
 from tests.fault.raw import Raw
 from tests.filesystems import FileSystems, Unavailable
 from tests.images import MIB, build, change, noise
@@ -68,9 +67,7 @@ async def test_only_what_was_written_is_looked_at(server: Server, volume: str, c
     change(
         source, [(3 * REGION + 8192, noise("new", 4096)), (4 * REGION, noise("other", 4096)), (SIZE - 10, b"x" * 10)]
     )
-    subprocess.run(
-        ["fallocate", "--punch-hole", "--offset", str(6 * REGION), "--length", str(REGION), str(source)], check=True
-    )
+    must("fallocate", "--punch-hole", "--offset", 6 * REGION, "--length", REGION, source)
     second = (await cycle(policies, tmp_path))["p"]
     assert second["full_compare"] is None
     assert second["regions"] == {"skip": 37, "unmap": 1, "send": 2, "compare": 1}
@@ -103,7 +100,7 @@ async def test_extents_that_were_moved_prove_nothing(
         words = ["btrfs", "filesystem", "defragment", "-f", str(source)]
     else:
         words = ["btrfs", "balance", "start", "--force", "-d", str(place.parent)]
-    subprocess.run(words, check=True, capture_output=True)
+    must(*words)
     report = (await cycle(policies, tmp_path))["p"]
     assert report["full_compare"] is None
     assert same(server, {volume: source})
@@ -130,9 +127,7 @@ async def test_a_balance_in_the_middle_of_looking_is_noticed(
     def extents(fd: int, *arguments: int, sync: bool = False) -> Iterator[tuple[int, int, int, int]]:
         if next(looks) == 3:
             # The base and the new snapshot were looked at; now the base once more.
-            subprocess.run(
-                ["btrfs", "balance", "start", "--force", "-d", str(place.parent)], check=True, capture_output=True
-            )
+            must("btrfs", "balance", "start", "--force", "-d", place.parent)
         return real(fd, *arguments, sync=sync)
 
     monkeypatch.setattr(linux, "extents", extents)
@@ -250,7 +245,7 @@ async def test_a_mounted_file_system_is_replicated_while_it_is_written(
     """Every generation is its snapshot, byte for byte, and a file system that is whole once its journal is replayed."""
     source = home / "disk.raw"
     build(source, 48 * MIB)
-    subprocess.run(["mkfs.ext4", "-q", "-b", "4096", str(source)], check=True)
+    must("mkfs.ext4", "-q", "-b", "4096", source)
     mount = home / "mount"
     mount.mkdir()
     taken: list[bytes] = []
@@ -258,13 +253,13 @@ async def test_a_mounted_file_system_is_replicated_while_it_is_written(
 
     async def take(self: Snapshots, commit_id: str, cycle: str) -> object:
         record = await real(self, commit_id, cycle)
-        taken.append(Path(record.path).read_bytes())
+        taken.append(await asyncio.to_thread(Path(record.path).read_bytes))
         return record
 
     monkeypatch.setattr(Snapshots, "take", take)
     policies = {"p": policy(source, server, volume, keep=Retention(last=9))}
     ending = threading.Event()
-    subprocess.run(["mount", "-o", "loop", str(source), str(mount)], check=True)
+    must("mount", "-o", "loop", source, mount)
     writer = threading.Thread(target=_write_until, args=(mount, ending))
     try:
         writer.start()
@@ -272,7 +267,7 @@ async def test_a_mounted_file_system_is_replicated_while_it_is_written(
     finally:
         ending.set()
         writer.join()
-        subprocess.run(["umount", str(mount)], check=True)
+        must("umount", mount)
     assert [report["full_compare"] for report in reports] == ["no changes were tracked", None, None, None]
     assert len({bytes(one) for one in taken}) == 4, "nothing was written meanwhile"
     with Raw(server.address) as raw:
@@ -282,8 +277,8 @@ async def test_a_mounted_file_system_is_replicated_while_it_is_written(
     for content in taken:
         copy.write_bytes(content)
         # 1: the journal was replayed.
-        assert subprocess.run(["e2fsck", "-fp", str(copy)], capture_output=True).returncode in (0, 1)
-        assert subprocess.run(["e2fsck", "-fn", str(copy)], capture_output=True).returncode == 0
+        assert run("e2fsck", "-fp", copy) in (0, 1)
+        assert run("e2fsck", "-fn", copy) == 0
 
 
 def _write_until(mount: Path, ending: threading.Event) -> None:

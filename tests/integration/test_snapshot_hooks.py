@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import itertools
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,11 +21,11 @@ from blockferry.common.agent_config import Hooks as HookWords
 from blockferry.common.agent_config import Policy
 from blockferry.common.errors import BlockferryError, Code
 
-from tests.cycles import Hooks, clones_of, cycle, image, kept, members, policy, refused, same
+from tests.cycles import Hooks, clones_of, cycle, image, is_running, kept, members, must, policy, refused, same
 from tests.filesystems import Unavailable, mounted
 from tests.images import MIB, change, noise
 from tests.library import generation, replicated
-from tests.support import Server
+from tests.support import Server, until
 
 _numbers = itertools.count(1)
 
@@ -115,21 +114,13 @@ async def test_a_hook_that_hangs_is_killed_with_all_that_it_started(home: Path, 
     assert time.monotonic() - began < 30
     assert hooks.ran() == ["freeze", "thaw"]
     child = int(pids.read_text())
-    for _ in range(500):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if Path(f"/proc/{child}/stat").read_text().split()[2] != "Z":
-                await asyncio.sleep(0.01)
-                continue
-        break
-    else:
-        raise AssertionError("what the hook has started still runs")
+    await asyncio.to_thread(until, lambda: not is_running(child), "what the hook has started is gone")
 
 
 async def test_whoever_gives_up_while_a_source_is_frozen_thaws_it(home: Path, hooked: Hooked) -> None:
     hooks, policies = hooked(snapshot="sleep 1000")
     running = asyncio.create_task(run_cycle(members(policies), Terms(home / "state")))
-    while "snapshot" not in hooks.ran():
-        await asyncio.sleep(0.01)
+    await asyncio.to_thread(until, lambda: "snapshot" in hooks.ran(), "the hook runs")
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
@@ -210,7 +201,7 @@ async def test_a_file_system_that_is_full(server: Server, volume: str, tmp_path:
             with contextlib.suppress(BlockferryError):
                 await cycle(policies, tmp_path / "state")
             (place / "filler").unlink()
-            subprocess.run(["sync", "-f", str(place)], check=True)
+            must("sync", "-f", place)
             await cycle(policies, tmp_path / "state")
             assert len(clones_of(source)) == 1
             assert same(server, {volume: source})

@@ -144,7 +144,7 @@ class RateLimiter:
 
 
 class AllOf:
-    """Several limits that hold together: what is sent counts for each of them. Some of them may be shared with others."""
+    """Several limits that hold together: what is sent counts for each of them. Some may be shared with others."""
 
     def __init__(self, limiters: Sequence[RateLimiter]) -> None:
         self._limiters = tuple(limiters)

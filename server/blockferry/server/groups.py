@@ -140,8 +140,8 @@ def _is_home(own: str, group: _Group) -> bool:
 def _finish(group: _Group, home: Path, pools: Mapping[str, Path]) -> bool:
     """Have the members' logs say what was committed. Whether nothing is left to be done."""
     alone = len({member.pool for member in group.members}) == 1
-    # All of them, also where one cannot be done.
-    return all([_redo(home if alone else pools.get(member.pool), member) for member in group.members])
+    done = [_redo(home if alone else pools.get(member.pool), member) for member in group.members]
+    return all(done)
 
 
 def _redo(pool: Path | None, member: Member) -> bool:
