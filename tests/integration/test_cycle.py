@@ -211,9 +211,10 @@ async def test_what_an_interrupted_session_has_left_is_looked_at_too(
             change(source, [(14 * REGION, noise(f"changed {restart}", 4096))])
             report = (await cycle(policies, home / "state"))["p"]
             assert report["full_compare"] is None
-            assert report["results"] == {"zero": 0, "equal": 0, "changed": 3}
-            # Region 21 was a hole, and unmapping it left it one.
-            assert report["tracked"]["regions"] == 3
+            # Region 21 was a hole, and unmapping it left it one. A journal without a checkpoint ends with its server.
+            left = 1 if kind == "journal" and restart else 3
+            assert report["results"] == {"zero": 0, "equal": 0, "changed": left}
+            assert report["tracked"]["regions"] == left
             assert same(server, {volume: source})
     finally:
         server.stop()
