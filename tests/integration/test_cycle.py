@@ -211,9 +211,10 @@ async def test_what_an_interrupted_session_has_left_is_looked_at_too(
             change(source, [(14 * REGION, noise(f"changed {restart}", 4096))])
             report = (await cycle(policies, home / "state"))["p"]
             assert report["full_compare"] is None
-            assert report["results"] == {"zero": 0, "equal": 0, "changed": 3}
-            # Region 21 was a hole, and unmapping it left it one.
-            assert report["tracked"]["regions"] == 3
+            # Region 21 was a hole, and unmapping it left it one. A journal without a checkpoint ends with its server.
+            left = 1 if kind == "journal" and restart else 3
+            assert report["results"] == {"zero": 0, "equal": 0, "changed": left}
+            assert report["tracked"]["regions"] == left
             assert same(server, {volume: source})
     finally:
         server.stop()
@@ -234,6 +235,38 @@ async def test_a_generation_that_rots_is_compared_with_all_of_it(server: Server,
     assert report["full_compare"] == "it was read again, and is not what was committed"
     assert same(server, {volume: source})
     assert (await cycle(policies, home / "state"))["p"]["full_compare"] is None
+
+
+async def test_a_device_is_believed_for_as_long_as_its_server_holds_it(xfs_pool_root: Path, home: Path) -> None:
+    backing = home / "device.img"
+    build(backing, 64 * REGION)
+    pool = xfs_pool_root / f"device-{next(_numbers)}"
+    pool.mkdir()
+    with contextlib.ExitStack() as stack:
+        try:
+            device = stack.enter_context(loop_device(backing))
+        except Unavailable as error:
+            pytest.skip(str(error))
+        server = Server(pool, flags=["--device", f"db={device},journal={pool}"]).start()
+        stack.callback(server.stop)
+        source = image(home)
+        policies = {"p": policy(source, server, "db")}
+        whys = []
+        for restart in (False, False, True, False):
+            if restart:
+                assert server.stop() == 0
+                server.start()
+            change(source, [(4 * REGION, noise(f"round {len(whys)}", 4096))])
+            whys.append((await cycle(policies, home / "state"))["p"]["full_compare"])
+        assert whys == [
+            "no changes were tracked",
+            None,
+            "its device was opened anew, and others may have written to it in between",
+            None,
+        ]
+        with Raw(server.address) as raw:
+            found = b"".join(raw.read("db", 4, at, min(REGION, SIZE - at)) for at in range(0, SIZE, REGION))
+        assert found == source.read_bytes()
 
 
 # --- a file system that is in use -------------------------------------------------------------------------------------

@@ -70,7 +70,8 @@ def test_every_module_is_in_the_readme() -> None:
 
 def code_blocks(document: Path) -> list[str]:
     """Lines of blocks that name no language, without their comments."""
-    blocks = "".join(re.findall(r"^```\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL))
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = "".join(block for language, block in fenced if not language)
     return [line.split(" #")[0].rstrip() for line in blocks.splitlines()]
 
 
@@ -78,7 +79,7 @@ def test_commands_of_the_documents_are_commands() -> None:
     lines = {path.name: [line.split() for line in code_blocks(path)] for path in DOCUMENTS}
     clients = [words for found in lines.values() for words in found if words[:1] == ["blockferry"]]
     servers = [words for found in lines.values() for words in found if words[:1] == ["blockferry-server"]]
-    assert (len(clients), len(servers)) == (45, 8)
+    assert (len(clients), len(servers)) == (55, 8)
     for words in clients:
         build_parser().parse_args(words[1:])
     assert [words[1:] for words in servers if "--config" in words] == [["--config", "/etc/blockferry/server.toml"]] * 2
@@ -101,14 +102,14 @@ def test_commands_in_the_text_are_commands() -> None:
     for words in complete:
         build_parser().parse_args(words[1:])
     known = re.findall(r"^    ([a-z]+) ", build_parser().format_help(), re.MULTILINE)
-    assert {"plan", "sync", "verify", "volume", "replica", "pool", "pki", "config"} == set(known)
+    assert {"plan", "sync", "verify", "volume", "replica", "pool", "agent", "status", "pki", "config"} == set(known)
     assert {span.split()[1] for span in spans} <= set(known)
 
 
 def test_flags_of_the_documents_exist() -> None:
     """Code that begins with a flag means one of ours; flags of other programs come after the program's name."""
     named = {flag for path in DOCUMENTS for flag in re.findall(r"`(--[a-z][a-z-]*)", path.read_text())}
-    commands = ("sync", "plan", "replica demote", "replica adopt")
+    commands = ("sync", "plan", "replica demote", "replica adopt", "agent sync")
     helped = [run_help("blockferry-server"), *(run_help("blockferry", *words.split()) for words in commands)]
     known = {flag for text in helped for flag in re.findall(r"--[a-z][a-z-]*", text)}
     assert {"--keep", "--keep-at-least", "--keep-changes", "--live"} <= named <= known

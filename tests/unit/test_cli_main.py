@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from blockferry.client.cli.agent import COMMANDS as AGENT_COMMANDS
 from blockferry.client.cli.config import COMMANDS as CONFIG_COMMANDS
 from blockferry.client.cli.handover import COMMANDS as HANDOVER_COMMANDS
 from blockferry.client.cli.main import _parse_rate, _parse_region_size, build_parser, main
@@ -150,6 +151,7 @@ def test_every_command_can_be_run_and_asked_for_help(capsys: pytest.CaptureFixtu
         *HANDOVER_COMMANDS,
         *CONFIG_COMMANDS,
         *PKI_COMMANDS,
+        *AGENT_COMMANDS,
     }
     for words in found:
         with pytest.raises(SystemExit) as caught:
