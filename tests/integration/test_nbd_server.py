@@ -54,10 +54,14 @@ def content(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def run(*words: object, stdin: str | None = None) -> str:
+# Its module is for the distribution's Python alone, which nbdsh looks for in PATH.
+PEERS = {**os.environ, "PATH": f"/usr/bin:{os.environ['PATH']}"}
+
+
+def run(*words: object) -> str:
     """A peer that must succeed; what it printed."""
     done = subprocess.run(
-        [str(word) for word in words], input=stdin, capture_output=True, text=True, check=False, timeout=60
+        [str(word) for word in words], env=PEERS, capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
     return done.stdout
@@ -167,7 +171,7 @@ found = []
 def extents(context, offset, entries, error):
     found.append((context, offset, list(entries)))
 h.block_status({SIZE}, 0, extents)
-h.block_status({SIZE}, 100, extents, nbd.CMD_FLAG_REQ_ONE)
+h.block_status({SIZE} - 100, 100, extents, nbd.CMD_FLAG_REQ_ONE)
 print(found)
 """,
     )  # fmt: skip
@@ -280,13 +284,12 @@ def test_nbdkit_in_between(served: Serving, image: Path, tmp_path: Path) -> None
 
 def test_fio_verifies_what_it_writes(served: Serving, tmp_path: Path) -> None:
     """Blocks of several sizes, thirty-two at a time, with flushes between them; each is read back and checked."""
-    found = json.loads(
-        run(
-            *("fio", "--name=verify", "--ioengine=nbd", f"--uri={served.uri}", "--output-format=json"),
-            *("--rw=randwrite", "--bsrange=512-128k", "--iodepth=32", "--size=8m", "--fsync=64"),
-            *("--verify=crc32c", "--do_verify=1", "--randseed=7", f"--aux-path={tmp_path}"),
-        )
+    printed = run(
+        *("fio", "--name=verify", "--ioengine=nbd", f"--uri={served.uri}", "--output-format=json"),
+        *("--rw=randwrite", "--bsrange=512-128k", "--iodepth=32", "--size=8m", "--fsync=64"),
+        *("--verify=crc32c", "--do_verify=1", "--randseed=7", f"--aux-path={tmp_path}"),
     )
+    found = json.loads(printed[printed.index("\n{") :] if not printed.startswith("{") else printed)
     (job,) = found["jobs"]
     assert job["error"] == 0
     assert job["read"]["total_ios"] == job["write"]["total_ios"] > 0
@@ -482,7 +485,7 @@ async def _step(volume: NbdVolume, kind: str, offset: int, length: int, fill: in
 def test_hostile_clients_cost_nothing_but_their_connections(image: Path, tmp_path: Path) -> None:
     """In a process of its own, whose descriptors and memory are looked at."""
     path = tmp_path / "hostile.sock"
-    with process(image, path, handshakes=16, connections=16, handshake=5.0) as server:
+    with process(image, path, handshakes=16, connections=400, handshake=5.0) as server:
         uri = f"nbd+unix:///disk?socket={path}"
         expected = image.read_bytes()
         flags = b"\0\0\0\3"
@@ -503,18 +506,15 @@ def test_hostile_clients_cost_nothing_but_their_connections(image: Path, tmp_pat
         ]
 
         def flood(times: int) -> None:
-            bad = []
-            for number in range(times):
-                one = socket.socket(socket.AF_UNIX)
-                one.settimeout(BOUND)
-                one.connect(str(path))
-                with contextlib.suppress(OSError):
-                    one.sendall(openings[number % len(openings)])
-                bad.append(one)
-                if number % 200 == 0:
-                    assert run("nbdinfo", "--size", uri.replace("disk?", "?")) == f"{SIZE}\n"
-            for one in bad:
-                one.close()
+            with contextlib.ExitStack() as bad:
+                for number in range(times):
+                    one = bad.enter_context(socket.socket(socket.AF_UNIX))
+                    one.settimeout(BOUND)
+                    one.connect(str(path))
+                    with contextlib.suppress(OSError):
+                        one.sendall(openings[number % len(openings)])
+                    if number % 100 == 0:
+                        assert run("nbdinfo", "--size", uri) == f"{SIZE}\n"
 
         def look() -> tuple[int, int]:
             status = Path(f"/proc/{server.pid}/status").read_text()
@@ -528,11 +528,14 @@ def test_hostile_clients_cost_nothing_but_their_connections(image: Path, tmp_pat
             return look()[0]
 
         before = look()[0]
-        flood(300)
-        assert settled(before) == before
+        for _ in range(2):
+            flood(200)
+            assert settled(before) == before
+        # What so many clients at once have taken is kept for the next ones, and is enough for them.
         memory = look()[1]
-        flood(900)
-        assert settled(before) == before
+        for _ in range(3):
+            flood(200)
+            assert settled(before) == before
         assert look()[1] <= memory + 16 * 1024, "KiB"
         copy = tmp_path / "copy.raw"
         run("nbdcopy", uri, copy)
@@ -556,7 +559,7 @@ os.kill(os.getpid(), 9)
     with serving(opener(image)) as served:
         for _ in range(5):
             done = subprocess.run(
-                ["nbdsh", "--uri", served.uri, "-c", script], capture_output=True, check=False, timeout=60
+                ["nbdsh", "--uri", served.uri, "-c", script], env=PEERS, capture_output=True, check=False, timeout=60
             )
             assert done.returncode == -9, done.stderr
         assert run("nbdinfo", "--size", served.uri) == f"{SIZE}\n"
