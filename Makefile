@@ -65,6 +65,8 @@ soak: $(READY) ## thousands of kills at random instants, and a hundred thousand 
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/fault/test_fuzz.py
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_AGENT_KILLS=$(or $(KILLS),2000) deploy/isolate \
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/fault/test_agent_kills.py
+	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_NBD_EXAMPLES=$(or $(HISTORIES),2000) deploy/isolate \
+		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/integration/test_nbd_server.py -k history
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_SOAK_KILLS=$(or $(KILLS),2000) deploy/isolate \
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/soak
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_CRASH_PASSES=4 deploy/isolate \

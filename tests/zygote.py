@@ -87,7 +87,8 @@ def popen(words: list[str], **options: Any) -> subprocess.Popen[Any]:
 def _main_of(name: str) -> Callable[[], int]:
     """Import one program and nothing of the other: what is imported first may matter."""
     if name == "blockferry":
-        from blockferry.client.cli import agent, config, handover, main, pki, pools, replicate  # noqa: F401 its choice
+        # The choice is main's.
+        from blockferry.client.cli import agent, config, export, handover, main, pki, pools, replicate  # noqa: F401
 
         return main.main
     if name == "blockferry-agent":
