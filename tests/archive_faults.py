@@ -172,16 +172,18 @@ class FaultyStore(WrappedStore):
         return made
 
     async def _meet(self, operation: str, key: str) -> Rule | None:
-        for rule in self.rules:
-            if rule.applies(operation, key):
-                if rule.until is not None:
-                    await rule.until.wait()
-                if rule.delay:
-                    await asyncio.sleep(rule.delay)
-                if rule.before is not None:
-                    raise rule.before(self, key)
-                return rule
-        return None
+        # All of them count, also those whose turn it is not.
+        applying = [rule for rule in self.rules if rule.applies(operation, key)]
+        if not applying:
+            return None
+        rule = applying[0]
+        if rule.until is not None:
+            await rule.until.wait()
+        if rule.delay:
+            await asyncio.sleep(rule.delay)
+        if rule.before is not None:
+            raise rule.before(self, key)
+        return rule
 
     def _after(self, rule: Rule | None, key: str) -> None:
         if rule is not None and rule.afterwards is not None:
