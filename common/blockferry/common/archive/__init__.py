@@ -1,0 +1,1 @@
+"""Archives of volumes in object storage; docs/archive-format.md has every byte."""
