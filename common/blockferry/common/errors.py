@@ -18,6 +18,7 @@ class Code(enum.StrEnum):
     USAGE = "usage"
     INVALID_ARGUMENT = "invalid-argument"
     NOT_FOUND = "not-found"
+    EXISTS = "exists"
     UNREADABLE = "unreadable"
     PERMISSION = "permission"
     TLS = "tls"

@@ -1,1 +1,1 @@
-"""Archives of volumes in object storage; docs/archive-format.md has every byte."""
+"""The archive: snapshots in object storage. Formats are pure; `store.py` is the only way to objects."""
