@@ -12,6 +12,8 @@ from typing import Generic, Protocol, TypeVar
 
 RANGE_SIZE = 8 * 1024 * 1024
 """Bytes of one range at most: object stores give their full speed to ranges of 8 to 16 MiB."""
+RANGE_ITEMS = 32
+"""Blocks of one range at most, however small they have become: 8 MiB unpacked."""
 GAP = 128 * 1024
 """Bytes between two things that are read and thrown away rather than asked for apart."""
 
@@ -48,8 +50,11 @@ class Range(Generic[T]):
         return self.offset + self.length
 
 
-def ranges(items: Iterable[tuple[int, T]], most: int = RANGE_SIZE, gap: int = GAP) -> list[Range[T]]:
-    """The ranges that hold all `items`, in the order of chunks; (number, where it is)."""
+def ranges(
+    items: Iterable[tuple[int, T]], *, size: int = RANGE_SIZE, count: int = RANGE_ITEMS, gap: int = GAP
+) -> list[Range[T]]:
+    """The ranges that hold all `items`, (number, where it is), in the order of chunks: none longer than `size` bytes, if
+    no item is, or with more than `count` items."""
     found: list[Range[T]] = []
     for number, item in sorted(items, key=_place):
         last = found[-1] if found else None
@@ -58,7 +63,8 @@ def ranges(items: Iterable[tuple[int, T]], most: int = RANGE_SIZE, gap: int = GA
             last is None
             or (last.attempt, last.chunk) != (item.attempt, item.chunk)
             or item.offset > last.end + gap
-            or max(end, last.end) - last.offset > most
+            or max(end, last.end) - last.offset > size
+            or len(last.items) == count
         ):
             last = Range(item.attempt, item.chunk, item.offset, item.length)
             found.append(last)
