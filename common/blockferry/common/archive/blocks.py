@@ -94,22 +94,19 @@ class BlockReader:
             found.append((block, plain))
         return found
 
-    async def _moved(self, one: Range[Entry]) -> list[Range[Entry]] | None:
-        """The ranges that hold the blocks of a chunk that is gone, where a repacking has moved all of them."""
+    async def moved(self, entry: Entry) -> Entry | None:
+        """Where a repacking has put a block; None where none has moved it."""
         async with self._asking:
             if self._moves is None:
                 self._moves = await self._ask_moves()
-        found = []
-        for block, entry in one.items:
-            move = self._moves.get((entry.attempt, entry.chunk, entry.offset))
-            if move is None:
-                return None
-            found.append(
-                (
-                    block,
-                    Entry(
-                        move.new_attempt, move.new_chunk, move.new_offset, move.new_length, move.new_codec, entry.digest
-                    ),
-                )
+        found = None
+        while (move := self._moves.get((entry.attempt, entry.chunk, entry.offset))) is not None:
+            found = entry = Entry(
+                move.new_attempt, move.new_chunk, move.new_offset, move.new_length, move.new_codec, entry.digest
             )
-        return ranges(found)
+        return found
+
+    async def _moved(self, one: Range[Entry]) -> list[Range[Entry]] | None:
+        """The ranges that hold the blocks of a chunk that is gone, where a repacking has moved all of them."""
+        found = [(block, now) for block, entry in one.items if (now := await self.moved(entry)) is not None]
+        return ranges(found) if len(found) == len(one.items) else None

@@ -50,6 +50,7 @@ class SnapshotVolume(Volume):
         self.preferred_size = ARCHIVE_BLOCK
         self.snapshot_id = f"archive:{superblock.volume}:{superblock.attempt}"
         self.superblock = superblock
+        self.store_uri = catalog.store.uri
         self.archive = catalog.archive
         self.sealer = catalog.sealer(bytes.fromhex(superblock.volume))
         self.tree = TreeReader(catalog.store, self.sealer, superblock)
@@ -82,20 +83,29 @@ class SnapshotVolume(Volume):
     async def of(
         cls, uri: str, catalog: Catalog, name: str, number: int = 0, *, own: ObjectStore | None = None
     ) -> SnapshotVolume:
-        """A snapshot of an archive that is open; `number` 0: the newest. A store that it shall `own` is closed with it.
-
-        Whoever deletes honours pins that are there when he decides. So the pin comes first, and then another look at
-        whether the snapshot is still there.
-        """
+        """A snapshot of an archive that is open; `number` 0: the newest. A store that it shall `own` is closed with
+        it."""
         volume = await catalog.volume(name)
         log = await catalog.log(volume)
         superblock = await (log.snapshot(number) if number else log.newest())
         if superblock is None:
-            raise _no_snapshot(uri, name, number)
+            raise _no_snapshot(uri, number)
+        return await cls.of_superblock(uri, catalog, log, superblock, own=own)
+
+    @classmethod
+    async def of_superblock(
+        cls, uri: str, catalog: Catalog, log: Log, superblock: Superblock, *, own: ObjectStore | None = None
+    ) -> SnapshotVolume:
+        """The snapshot that a superblock makes.
+
+        Whoever deletes honours pins that are there when he decides. So the pin comes first, and then another look at
+        whether the snapshot is still there.
+        """
+        volume = bytes.fromhex(superblock.volume)
         pin = await Pinned.make(catalog.store, catalog.sealer(volume), superblock.number, "blockferry")
         try:
             if await log.is_deleted(superblock.number, await log.refresh()):
-                raise _no_snapshot(uri, name, superblock.number)
+                raise _no_snapshot(uri, superblock.number)
             return cls(uri, catalog, log, superblock, pin, own)
         except BaseException:
             await pin.close()
@@ -230,12 +240,12 @@ def _extents(blocks: Iterable[int], start: int, end: int) -> list[tuple[int, int
     return found
 
 
-def _no_snapshot(uri: str, name: str, number: int) -> BlockferryError:
-    store = SnapshotName.parse(uri).store
+def _no_snapshot(uri: str, number: int) -> BlockferryError:
+    name = SnapshotName.parse(uri)
     return BlockferryError(
         Code.NOT_FOUND,
-        f"{store} has no snapshot {name}@{number}" if number else f"{store} has no snapshot of {name}",
+        f"{name.store} has no snapshot {name.name}@{number}" if number else f"{name.store} has no snapshot of {name.name}",
         cause="it never was, or it was deleted",
-        next=f"see which there are: blockferry archive list {store}",
+        next=f"see which there are: blockferry archive list {name.store}",
         volume=uri,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import collections
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Sequence
 from typing import NamedTuple
 
 from blockferry.common.archive import format
@@ -64,9 +64,11 @@ class TreeReader:
             if isinstance(node, Leaf) and entries:
                 yield entries
 
-    async def nodes(self, damage: Damage | None = None) -> AsyncIterator[tuple[NodeRef, Node]]:
-        """Every node, parents first."""
-        async for ref, node, _ in self._walk(self._root(), 0, self._blocks, damage):
+    async def nodes(
+        self, damage: Damage | None = None, known: Container[NodeRef] = ()
+    ) -> AsyncIterator[tuple[NodeRef, Node]]:
+        """Every node, parents first, but for those that are `known` and what is below them."""
+        async for ref, node, _ in self._walk(self._root(), 0, self._blocks, damage, known):
             yield ref, node
 
     def _root(self) -> list[_Part]:
@@ -77,8 +79,14 @@ class TreeReader:
         return [_Part(ref, root.level, root.blocks, None, self._blocks)]
 
     async def _walk(
-        self, parts: Sequence[_Part], first: int, end: int, damage: Damage | None
+        self,
+        parts: Sequence[_Part],
+        first: int,
+        end: int,
+        damage: Damage | None,
+        known: Container[NodeRef] = (),
     ) -> AsyncIterator[tuple[NodeRef, Node, list[tuple[int, Entry]]]]:
+        parts = [part for part in parts if part.ref not in known]
         for start in range(0, len(parts), SIBLINGS):
             group = parts[start : start + SIBLINGS]
             for part, node in zip(group, await self._load(group, damage), strict=True):
@@ -88,7 +96,7 @@ class TreeReader:
                 elif isinstance(node, Inner):
                     yield part.ref, node, []
                     below = [one for one in _children(node, part) if one.end > first and (one.first or 0) < end]
-                    async for found in self._walk(below, first, end, damage):
+                    async for found in self._walk(below, first, end, damage, known):
                         yield found
 
     # --- loading ------------------------------------------------------------------------------------------------------
