@@ -87,7 +87,16 @@ def popen(words: list[str], **options: Any) -> subprocess.Popen[Any]:
 def _main_of(name: str) -> Callable[[], int]:
     """Import one program and nothing of the other: what is imported first may matter."""
     if name == "blockferry":
-        from blockferry.client.cli import config, handover, main, pki, pools, replicate  # noqa: F401 main's own choice
+        from blockferry.client.cli import (  # noqa: F401 main's own choice
+            archive_read,
+            config,
+            handover,
+            main,
+            pki,
+            pools,
+            replicate,
+        )
+        from blockferry.common.archive import directory, reader  # noqa: F401
 
         return main.main
     from blockferry.server import main as server
