@@ -234,13 +234,13 @@ class Archive:
             data = self.read(f"{volume.hex()}/log/{name}")
             yield number, *self.frame(data, (SUPERBLOCK, DELETION, REMAP), volume, number)
 
-    def snapshot(self, volume: bytes, wanted: int) -> tuple[dict[str, Any], list[tuple[int, bytes]]]:
-        """A superblock, the newest one for 0, and the remap records (number, body)."""
+    def snapshot(self, volume: bytes, wanted: int) -> tuple[dict[str, Any], list[bytes]]:
+        """A superblock, the newest one for 0, and the bodies of the remap records."""
         found: dict[int, dict[str, Any]] = {}
         remaps = []
         for number, kind, attempt, body in self.records(volume):
             if kind == REMAP:
-                remaps.append((number, body))
+                remaps.append(body)
                 continue
             one = record(body, "superblock" if kind == SUPERBLOCK else "deletion")
             require(one["number"] == number and one["volume"] == volume.hex(), "log: of another number or volume")
@@ -253,8 +253,7 @@ class Archive:
             require(one["size"] >= 1 and one["block_size"] == BLOCK, "superblock: size")
             found[number] = one
         require(found and (not wanted or wanted in found), "there is no such snapshot")
-        number = wanted or max(found)
-        return found[number], [(at, body) for at, body in remaps if at > number]
+        return found[wanted or max(found)], remaps
 
     # --- trees ----------------------------------------------------------------------------------------------------
 
@@ -356,7 +355,7 @@ def restore(root: Path, name: str, output: Path, secret: tuple[str, bytes] | Non
     name, _, number = name.partition("@")
     volume = archive.volume(name)
     superblock, remaps = archive.snapshot(volume, int(number or 0))
-    moves = [archive.moves(body) for _, body in remaps]
+    moves = [archive.moves(body) for body in remaps]
     with output.open("wb") as file:
         file.truncate(superblock["size"])
         for block, entry in archive.blocks(volume, superblock):
