@@ -223,11 +223,12 @@ def main(bucket: str) -> None:
             for name, value in gateway.environment(user).items():
                 print(f"export {name}={value}")
             print(f"# the store is s3://{bucket}/PREFIX; what is in it is lost at the end", flush=True)
+            # Not before: a mask is inherited, and the daemons are to be ended by a signal.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
             signal.sigwait({signal.SIGINT, signal.SIGTERM})
         finally:
             gateway.stop()
 
 
 if __name__ == "__main__":
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     main(sys.argv[1])
