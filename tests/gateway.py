@@ -1,7 +1,7 @@
-"""A real S3 on loopback: a Ceph object gateway with one monitor and one storage daemon, which keeps everything in memory.
+"""A real S3 on loopback: a Ceph object gateway, one monitor and one storage daemon, which keeps everything in memory.
 
-Needs root and Debian's packages of the group `gateway` in deploy/packages. All three run in the foreground, as children,
-and are ended by their process ids. About twelve seconds until it answers.
+Needs root and Debian's packages of the group `gateway` in deploy/packages. All three run in the foreground, as
+children, and are ended by their process ids. About twelve seconds until it answers.
 
     python -m tests.gateway BUCKET      runs one until it is interrupted, and prints how to reach it
 """
@@ -197,7 +197,9 @@ class Gateway:
     def _daemon(self, program: str, *arguments: str) -> None:
         with (self.root / f"{program}.out").open("ab") as out:
             words = [*self._words(program, *arguments), "-f"]
-            self._daemons.append(subprocess.Popen(words, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True))
+            self._daemons.append(
+                subprocess.Popen(words, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True)
+            )
 
     def _wait(self) -> None:
         end = time.monotonic() + START_SECONDS

@@ -293,7 +293,7 @@ class Archive:
         require(max(indexes) < known, "node: an attempt that is not there")
         require(all(lengths), "node: a length of 0")
         require(all(at + size <= CHUNK for at, size in zip(offsets, lengths, strict=True)), "node: outside of a chunk")
-        places = [(attempts[index], *rest) for index, *rest in zip(indexes, chunks, offsets, lengths, strict=True)]
+        places = [(attempts[which], *rest) for which, *rest in zip(indexes, chunks, offsets, lengths, strict=True)]
         if level == 0:
             codecs = columns.take(f"{count}B")
             digests = columns.fixed(32, count)
@@ -301,7 +301,7 @@ class Archive:
             require(set(codecs) <= {0, 1}, "node: codec")
             require(count == blocks, "node: number of blocks")
             for key, at, codec, digest in zip(keys, places, codecs, digests, strict=True):
-                yield key, Cpba(*at, codec, digest)
+                yield key, Cpba(at[0], at[1], at[2], at[3], codec, digest)
             return
         below = columns.take(f"{count}Q")
         columns.end()
@@ -314,7 +314,7 @@ class Archive:
     def moved(self, entry: Cpba, moves: dict[tuple[bytes, int, int], tuple[Any, ...]]) -> Cpba:
         """Where a block is after one remap record."""
         found = moves.get((entry.attempt, entry.chunk, entry.offset))
-        return entry if found is None else Cpba(*found, entry.digest)
+        return entry if found is None else Cpba(found[0], found[1], found[2], found[3], found[4], entry.digest)
 
     def moves(self, body: bytes) -> dict[tuple[bytes, int, int], tuple[Any, ...]]:
         """A remap record."""

@@ -171,7 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     checked = add(config, "check", "say all that is wrong with a configuration file, or what it means")
     checked.add_argument("file", type=Path, metavar="FILE")
-    _add_archive(commands, lambda group, name, help: add(group, name, help, archives))
+    _add_archive(commands, lambda group, name, text: add(group, name, text, archives))
     _add_pki(commands, add)
     return parser
 
@@ -202,7 +202,9 @@ def _add_archive(commands: argparse._SubParsersAction[_Parser], add: Adder) -> N
         help="where restores that are under way are noted (default $XDG_STATE_HOME/blockferry, else "
         "~/.local/state/blockferry)",
     )  # fmt: skip
-    verified = add(archive, "verify", "check an archive, one of its volumes or a snapshot; exit status 3 if it is damaged")
+    verified = add(
+        archive, "verify", "check an archive, one of its volumes or a snapshot; exit status 3 if it is damaged"
+    )
     verified.add_argument("archive", metavar="STORE[#NAME[@NUMBER]]")
     how = verified.add_mutually_exclusive_group()
     how.add_argument("--metadata", action="store_true", help="read no data: only whether all of it is there")
