@@ -1,0 +1,533 @@
+"""Archive a snapshot: data chunks, then the metadata that was staged meanwhile, then the superblock (US10853312B2).
+
+    source ─ scan ─ outcomes ─┬─ packer ─ note, store          data chunks, several at a time
+                              └─ edits ── tree ─ nodes         staged metadata chunks
+                                                  └ all data is there ─ note, store ─ all nodes are there ─ superblock
+
+Invariant 5: nothing is uploaded before what it refers to, and the superblock comes last. Invariant 3: it is one object,
+created or not. Whatever ends an attempt before that leaves garbage that no snapshot refers to, and a staging directory
+from which the next run goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockferry.client.nodes import Nodes
+from blockferry.client.packer import Chunk, Packer
+from blockferry.client.report import Progress, Stopwatch
+from blockferry.client.scan import Earlier, Outcome, Scan, Verdict
+from blockferry.client.sources import refuse_in_use, refuse_resized
+from blockferry.client.staging import Noted, Staging
+from blockferry.common.archive import format, tree
+from blockferry.common.archive.archive import OpenArchive, now
+from blockferry.common.archive.columns import NodeRef, Trailer
+from blockferry.common.archive.format import (
+    ARCHIVE_BLOCK,
+    NOBODY,
+    TAIL_SIZE,
+    Attempt,
+    Deletion,
+    Kind,
+    NodeAt,
+    Superblock,
+)
+from blockferry.common.archive.log import Found
+from blockferry.common.archive.seal import parse_level
+from blockferry.common.archive.store import Exists, Missing
+from blockferry.common.disk import crash_point
+from blockferry.common.errors import BlockferryError, first_of
+from blockferry.common.regions import AllocationMap
+from blockferry.common.volumes import Volume, in_thread
+from pyroaring import BitMap
+
+UPLOADS = 4
+"""Chunks on their way at the same time: 64 MiB, which fills a link of 1 Gbit/s with half a second of delay."""
+RENEW_SECONDS = 300
+"""How often an attempt says that it lives; a sweep waits days."""
+EDITS_AHEAD = 64
+"""Batches of edits that the tree may be behind."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What a change tracker knows: only these regions may differ from the snapshot whose id is `base`. Sizes in bytes."""
+
+    base: str
+    regions: BitMap
+    region_size: int
+
+    def blocks(self, old_size: int, new_size: int) -> BitMap:
+        """The archive blocks that may differ, those included that one of the sizes cuts."""
+        found = BitMap()
+        for region in self.regions:
+            start = region * self.region_size
+            found.add_range(start // ARCHIVE_BLOCK, -(-(start + self.region_size) // ARCHIVE_BLOCK))
+        if old_size != new_size:
+            low, high = sorted((old_size, new_size))
+            found.add_range(low // ARCHIVE_BLOCK, -(-high // ARCHIVE_BLOCK))
+        return found
+
+
+@dataclass(frozen=True)
+class ArchiveOptions:
+    """How to archive. `compression` empty for the archive's own; `staging` is the directory for all archives."""
+
+    volume: str
+    staging: Path
+    compression: str = ""
+    live: bool = False
+    changed: Changed | None = None
+    uploads: int = UPLOADS
+    renew_seconds: float = RENEW_SECONDS
+
+
+async def archive(
+    source: Volume, opened: OpenArchive, options: ArchiveOptions, progress: Progress
+) -> dict[str, object]:
+    """Make the source's content the next snapshot of a volume in the archive, and return the report (schema 1).
+
+    Whatever goes wrong, no snapshot appears; the next call goes on with what is in the archive already. Where the newest
+    snapshot is of the very same immutable source, nothing is done.
+    """
+    await refuse_in_use(source, live=options.live)
+    volume = await opened.volume_or_new(options.volume)
+    staging = await in_thread(Staging.open, options.staging / opened.record.id / volume.hex())
+    try:
+        while True:
+            report = await _Run(source, opened, volume, staging, options, progress).run()
+            if report is not None:
+                return report
+            # What it was made from was deleted meanwhile. It is made from what is there now.
+    finally:
+        staging.close()
+
+
+def considered(base: Superblock | None, changed: Changed | None, size: int) -> BitMap | None:
+    """The only blocks that may differ from the base; None for all. A tracker is believed only about the very snapshot
+    that the base is."""
+    if changed is None or base is None or not changed.base or changed.base != base.snapshot_id:
+        return None
+    return changed.blocks(base.size, size)
+
+
+def root_of(superblock: Superblock | None) -> tree.Root | None:
+    """The tree of a snapshot."""
+    if superblock is None or superblock.root is None:
+        return None
+    at = superblock.root
+    return tree.Root(NodeRef(bytes.fromhex(at.attempt), at.chunk, at.offset, at.length), at.level, at.blocks)
+
+
+class _Run:
+    """One run of an attempt, from a base to its superblock."""
+
+    def __init__(
+        self,
+        source: Volume,
+        opened: OpenArchive,
+        volume: bytes,
+        staging: Staging,
+        options: ArchiveOptions,
+        progress: Progress,
+    ) -> None:
+        self._source = source
+        self._opened = opened
+        self._store = opened.store
+        self._volume = volume
+        self._sealer = opened.sealer(volume)
+        self._log = opened.log(volume)
+        self._staging = staging
+        self._options = options
+        self._progress = progress
+        self._watch = Stopwatch()
+        self._level = parse_level(options.compression or opened.record.compression)
+        self._journal = asyncio.Lock()
+        self._slots = asyncio.Semaphore(options.uploads)
+        self._uploads: list[asyncio.Task[None]] = []
+        self._edits: asyncio.Queue[list[tree.Edit] | None] = asyncio.Queue(EDITS_AHEAD)
+        self._uploaded = 0
+        self._objects = {"data": 0, "meta": 0}
+        self._renewals = 0
+
+    @property
+    def _attempt(self) -> bytes:
+        return self._staging.state.attempt
+
+    async def run(self) -> dict[str, object] | None:
+        """The report; None where everything is to be done again, from another base."""
+        await self._settle_commit()
+        found = await self._log.find()
+        base = found.superblock
+        if self._source.snapshot_id and base is not None and base.snapshot_id == self._source.snapshot_id:
+            await self._give_up_attempt()
+            return self._report(base, "present", None, None)
+        resumed = await self._begin(found)
+        failure: BlockferryError | None = None
+        report: dict[str, object] | None = None
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                renewing = tasks.create_task(self._renew(found), name="renew")
+                report = await self._work(tasks, found, resumed)
+                renewing.cancel()
+        except* BlockferryError as group:
+            failure = first_of(group)
+        if failure is not None:
+            # Not raised above: before Python 3.11.4 whatever leaves an `except*` is wrapped in a group again.
+            raise failure
+        return report
+
+    # --- the attempt --------------------------------------------------------------------------------------------------
+
+    async def _settle_commit(self) -> None:
+        """Learn what became of a commit whose end was not seen."""
+        state = self._staging.state
+        if state.commit and not state.committed:
+            frame = await in_thread(self._staging.superblock)
+            if frame and await self._log.is_committed(state.attempt, state.commit, frame):
+                await in_thread(self._staging.note_committed, state.commit)
+        if state.committed:
+            await self._clean_up(())
+
+    async def _clean_up(self, used: Sequence[str]) -> None:
+        attempt = self._attempt
+        await in_thread(self._staging.finish, used)
+        crash_point("archive-finished")
+        await self._store.delete(format.attempt_name(self._volume, attempt))
+
+    async def _give_up_attempt(self) -> None:
+        attempt = self._attempt
+        if attempt:
+            await in_thread(self._staging.drop)
+            await self._store.delete(format.attempt_name(self._volume, attempt))
+
+    async def _begin(self, found: Found) -> bool:
+        """Begin an attempt, or go on with the one that was interrupted; whether it was the latter."""
+        state = self._staging.state
+        if state.attempt and found.top > state.seen:
+            records = await self._log.after(state.seen)
+            if any(_dooms(one, state.attempt) for one in records if isinstance(one, Deletion)):
+                await self._give_up_attempt()
+        resumed = bool(self._attempt)
+        if not resumed:
+            attempt = secrets.token_bytes(format.ID_SIZE)
+            await in_thread(self._staging.begin, attempt, found.top, now())
+            crash_point("archive-attempt-begun")
+        # Before anything of the base is relied on: a sweep leaves alone what an attempt that lives relies on.
+        await self._put_attempt(found)
+        return resumed
+
+    async def _put_attempt(self, found: Found) -> None:
+        record = Attempt(
+            attempt=self._attempt.hex(),
+            volume=self._volume.hex(),
+            host=socket.gethostname(),
+            started=self._staging.state.started,
+            renewals=self._renewals,
+            base=found.superblock.number if found.superblock is not None else 0,
+            seen=found.top,
+        )
+        frame = self._sealer.seal_frame(Kind.ATTEMPT, self._attempt, format.encode(record))
+        await self._store.put(format.attempt_name(self._volume, self._attempt), frame)
+
+    async def _renew(self, found: Found) -> None:
+        while True:
+            await asyncio.sleep(self._options.renew_seconds)
+            self._renewals += 1
+            await self._put_attempt(found)
+
+    # --- data and tree ------------------------------------------------------------------------------------------------
+
+    async def _work(self, tasks: asyncio.TaskGroup, found: Found, resumed: bool) -> dict[str, object] | None:
+        base = found.superblock
+        self._progress.start("map")
+        await self._ask_for_unfinished()
+        run = await in_thread(self._staging.begin_run, self._source.snapshot_id)
+        allocation = await self._source.allocation(ARCHIVE_BLOCK)
+        self._watch.lap("map")
+
+        nodes = await in_thread(Nodes, self._staging, self._store, self._sealer, self._attempt)
+        try:
+            packer = self._packer(base, run)
+            scan = self._scan(allocation, base, nodes)
+            making = tasks.create_task(
+                tree.edit(root_of(base), self._batches_of_edits(), nodes.load, nodes.save), name="tree"
+            )
+
+            async def consume(outcomes: list[Outcome]) -> None:
+                edits = [_carry_out(packer, outcome) for outcome in outcomes]
+                for chunk in packer.full():
+                    await self._upload_data(tasks, run, chunk)
+                if edits:
+                    await self._edits.put(edits)
+
+            await scan.run(consume)
+            await refuse_resized(self._source)
+            for chunk in packer.finish():
+                await self._upload_data(tasks, run, chunk)
+            await self._edits.put(None)
+            root = await making
+            await asyncio.gather(*self._uploads)
+            self._watch.lap("data")
+            crash_point("archive-data-stored")
+
+            await self._upload_nodes(tasks, nodes)
+            self._watch.lap("metadata")
+            crash_point("archive-metadata-stored")
+
+            self._progress.start("commit")
+            superblock = await self._commit(found, root, nodes, packer.number, scan)
+            if superblock is None:
+                return None
+            await self._clean_up(sorted(nodes.used))
+        finally:
+            nodes.close()
+        self._watch.lap("commit")
+        self._progress.finish()
+        report = self._report(superblock, "archived", scan, allocation)
+        report["resumed"] = resumed
+        return report
+
+    def _packer(self, base: Superblock | None, run: int) -> Packer:
+        def trailer() -> Trailer:
+            return Trailer(
+                run,
+                base.number if base is not None else 0,
+                bytes.fromhex(base.attempt) if base is not None else NOBODY,
+                self._source.size,
+                int(time.time() * 1e6),
+            )
+
+        return Packer(self._sealer, self._attempt, max(self._staging.state.data, default=-1) + 1, trailer)
+
+    def _scan(self, allocation: AllocationMap, base: Superblock | None, nodes: Nodes) -> Scan:
+        return Scan(
+            self._source,
+            allocation,
+            root_of(base),
+            nodes.load,
+            considered(base, self._options.changed, self._source.size),
+            Earlier(self._staging, self._sealer, self._attempt, self._source.snapshot_id),
+            self._sealer,
+            self._attempt,
+            self._level,
+            self._progress.start("data"),
+        )
+
+    async def _batches_of_edits(self) -> AsyncIterator[Sequence[tree.Edit]]:
+        while (edits := await self._edits.get()) is not None:
+            yield edits
+
+    # --- uploads ------------------------------------------------------------------------------------------------------
+
+    async def _ask_for_unfinished(self) -> None:
+        """Which of the chunks whose upload was begun are there? A handful: later notes name those before them."""
+        for kind, chunks in (("data", self._staging.state.data), ("meta", self._staging.state.meta)):
+            for noted in [one for one in chunks.values() if not one.done]:
+                if await self._is_there(self._object(kind, noted.number), noted):
+                    self._staging.done(kind, noted.number)
+
+    async def _is_there(self, key: str, noted: Noted) -> bool:
+        try:
+            return await self._store.get_range(key, noted.size - TAIL_SIZE, TAIL_SIZE) == noted.tail
+        except Missing:
+            return False
+
+    def _object(self, kind: str, number: int) -> str:
+        name = format.data_name if kind == "data" else format.meta_name
+        return name(self._volume, self._attempt, number)
+
+    async def _upload_data(self, tasks: asyncio.TaskGroup, run: int, chunk: Chunk) -> None:
+        await self._slots.acquire()
+        self._uploads = [task for task in self._uploads if not task.done() or task.exception() is not None]
+        self._uploads.append(tasks.create_task(self._store_data(run, chunk), name=f"data-{chunk.number}"))
+
+    async def _store_data(self, run: int, chunk: Chunk) -> None:
+        try:
+            keys = chunk.content.keys or [-1]
+            async with self._journal:
+                await in_thread(
+                    self._staging.note_data,
+                    chunk.number, chunk.size, chunk.tail, run, chunk.trailer, keys[0], keys[-1],
+                )  # fmt: skip
+            crash_point("archive-data-noted")
+            await self._put(self._staging.state.data[chunk.number], "data", chunk.parts)
+        finally:
+            self._slots.release()
+
+    async def _upload_nodes(self, tasks: asyncio.TaskGroup, nodes: Nodes) -> None:
+        phase = self._progress.start("metadata", len(nodes.laid))
+
+        async def store(number: int) -> None:
+            try:
+                data = await in_thread(nodes.read_chunk, number)
+                async with self._journal:
+                    await in_thread(self._staging.note_meta, number, len(data), data[-TAIL_SIZE:])
+                crash_point("archive-metadata-noted")
+                await self._put(self._staging.state.meta[number], "meta", [data])
+                phase.done += 1
+            finally:
+                self._slots.release()
+
+        uploads = []
+        for number in nodes.laid:
+            await self._slots.acquire()
+            uploads.append(tasks.create_task(store(number), name=f"meta-{number}"))
+        await asyncio.gather(*uploads)
+
+    async def _put(self, noted: Noted, kind: str, parts: Sequence[bytes]) -> None:
+        key = self._object(kind, noted.number)
+        try:
+            await self._store.put_new(key, parts)
+        except Exists:
+            # A request of ours that was given up arrived after all; nobody else has this attempt.
+            if not await self._is_there(key, noted):
+                raise
+        crash_point(f"archive-{kind}-stored-one")
+        async with self._journal:
+            self._staging.done(kind, noted.number)
+        self._uploaded += noted.size
+        self._objects[kind] += 1
+
+    # --- commit -------------------------------------------------------------------------------------------------------
+
+    async def _commit(
+        self, found: Found, root: tree.Root | None, nodes: Nodes, data_chunks: int, scan: Scan
+    ) -> Superblock | None:
+        """Create the superblock under the next number that is free. None where a deletion mark that was not seen before
+        takes away what the new tree refers to."""
+        seen = found.top
+        number = await self._log.next_number(seen)
+        while True:
+            superblock = self._superblock(number, seen, found.superblock, root, nodes.chunks, data_chunks, scan)
+            frame = self._log.seal(Kind.SUPERBLOCK, self._attempt, number, format.encode(superblock))
+            await in_thread(self._staging.note_commit, number, frame)
+            crash_point("archive-commit-noted")
+            if await self._log.append(self._attempt, number, frame, seen):
+                break
+            # Somebody was quicker: another archiver, which takes nothing from us, or a deletion.
+            for record in await self._log.after(seen):
+                if isinstance(record, Deletion) and await self._takes_from(record, root, nodes):
+                    if _dooms(record, self._attempt):
+                        await self._give_up_attempt()
+                    return None
+                seen = record.number
+            number = await self._log.next_number(seen)
+        crash_point("archive-committed")
+        await in_thread(self._staging.note_committed, number)
+        return superblock
+
+    def _superblock(
+        self,
+        number: int,
+        seen: int,
+        base: Superblock | None,
+        root: tree.Root | None,
+        meta_chunks: int,
+        data_chunks: int,
+        scan: Scan,
+    ) -> Superblock:
+        at = None
+        if root is not None:
+            at = NodeAt(
+                attempt=root.ref.attempt.hex(), chunk=root.ref.chunk, offset=root.ref.offset, length=root.ref.length,
+                level=root.level, blocks=root.blocks,
+            )  # fmt: skip
+        return Superblock(
+            number=number,
+            volume=self._volume.hex(),
+            attempt=self._attempt.hex(),
+            base=base.number if base is not None else 0,
+            base_attempt=base.attempt if base is not None else "",
+            seen=seen,
+            created=now(),
+            # A path may hold bytes that are no UTF-8; JSON may not.
+            source=self._source.uri.encode("utf-8", "backslashreplace").decode(),
+            snapshot_id=self._source.snapshot_id,
+            size=self._source.size,
+            block_size=ARCHIVE_BLOCK,
+            root=at,
+            data_chunks=data_chunks,
+            meta_chunks=meta_chunks,
+            stored=scan.counts.stored_bytes,
+        )
+
+    async def _takes_from(self, mark: Deletion, root: tree.Root | None, nodes: Nodes) -> bool:
+        """Whether the tree refers to a chunk that the mark names."""
+        if not mark.chunks:
+            return False
+        async for ref, node in tree.nodes(root, nodes.load):
+            if _names(mark, "meta", ref.attempt, ref.chunk):
+                return True
+            if node.level == 0:
+                for entry in node.items:
+                    assert not isinstance(entry, tree.Child)
+                    if _names(mark, "data", entry.attempt, entry.chunk):
+                        return True
+        return False
+
+    # --- the report ---------------------------------------------------------------------------------------------------
+
+    def _report(
+        self, superblock: Superblock, outcome: str, scan: Scan | None, allocation: AllocationMap | None
+    ) -> dict[str, object]:
+        counts = scan.counts if scan is not None else None
+        return {
+            "schema": 1,
+            "source": self._source.uri,
+            "store": self._store.uri,
+            "volume": self._options.volume,
+            "outcome": outcome,
+            "snapshot": superblock.number,
+            "base": superblock.base or None,
+            "attempt": superblock.attempt,
+            "snapshot_id": superblock.snapshot_id or None,
+            "volume_size": superblock.size,
+            "block_size": superblock.block_size,
+            "source_map": allocation.provenance.value if allocation is not None else None,
+            "encrypted": self._opened.encrypted,
+            "resumed": False,
+            "blocks": {
+                "archived": superblock.root.blocks if superblock.root is not None else 0,
+                **{
+                    name: getattr(counts, name) if counts is not None else 0
+                    for name in ("zero", "equal", "stored", "kept", "holes")
+                },
+            },
+            "bytes": {
+                "source_read": counts.bytes_read if counts is not None else 0,
+                "stored": counts.stored_bytes if counts is not None else 0,
+                "uploaded": self._uploaded,
+            },
+            "objects": dict(self._objects),
+            "seconds": self._watch.report("map", "data", "metadata", "commit"),
+        }
+
+
+def _carry_out(packer: Packer, outcome: Outcome) -> tree.Edit:
+    if outcome.verdict is Verdict.STORE:
+        return outcome.block, packer.add(outcome.block, outcome.codec, outcome.stored, outcome.digest)
+    if outcome.verdict is Verdict.KEEP:
+        assert outcome.entry is not None
+        packer.keep(outcome.block, outcome.entry)
+        return outcome.block, outcome.entry
+    packer.hole(outcome.block)
+    return outcome.block, None
+
+
+def _names(mark: Deletion, kind: str, attempt: bytes, number: int) -> bool:
+    wanted = attempt.hex()
+    return any(
+        one.kind == kind and one.attempt == wanted and one.first <= number < one.first + one.count
+        for one in mark.chunks
+    )
+
+
+def _dooms(mark: Deletion, attempt: bytes) -> bool:
+    return any(one.attempt == attempt.hex() for one in mark.chunks)
