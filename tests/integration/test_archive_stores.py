@@ -207,7 +207,7 @@ async def test_a_lost_answer_is_no_conflict(s3: S3) -> None:
     store = Retrying(once(), QUICK)
     await store.put_new("log/1", [b"ours"])
     assert [(method, headers.get("if-none-match")) for method, _, headers in s3.asked] == [
-        ("PUT", "*"), ("PUT", "*"), ("GET", None),
+        ("PUT", "*"), ("PUT", "*"), ("HEAD", None), ("GET", None),
     ]  # fmt: skip
 
 

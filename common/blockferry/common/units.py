@@ -42,6 +42,18 @@ def parse_seconds(text: str) -> float:
     return float(number) * _DURATIONS[unit]
 
 
+def parse_share(text: str) -> float:
+    """A share of the data: `5%`, `0.5%`. Raises USAGE."""
+    number = text.removesuffix("%")
+    try:
+        share = float(number) / 100
+    except ValueError:
+        share = -1.0
+    if not text.endswith("%") or not 0 < share <= 1:
+        raise BlockferryError(Code.USAGE, f"{text!r} is no share", next="write one from 0.01% to 100%, such as 5%")
+    return share
+
+
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
 

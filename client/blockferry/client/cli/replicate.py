@@ -44,7 +44,7 @@ def _options(arguments: argparse.Namespace) -> SyncOptions:
 
 @contextlib.asynccontextmanager
 async def _opened(uri: str, arguments: argparse.Namespace) -> AsyncIterator[Volume]:
-    volume = await open_volume(uri, insecure=arguments.insecure, tls=arguments.tls)
+    volume = await open_volume(uri, insecure=arguments.insecure, tls=arguments.tls, access=arguments.access)
     try:
         yield volume
     finally:

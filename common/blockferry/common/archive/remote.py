@@ -18,6 +18,7 @@ from blockferry.common.address import is_loopback
 from blockferry.common.archive.store import (
     Access,
     Entry,
+    Exists,
     Missing,
     ObjectStore,
     Place,
@@ -130,7 +131,13 @@ class RemoteStore(ObjectStore):
         mode = "create" if self.conditional else "overwrite"
         if not self.conditional and await self._is_there(key):
             raise exists(self.uri, key)
-        await self._put(key, parts, mode)
+        try:
+            await self._put(key, parts, mode)
+        except Exists:
+            # 409 may also say that another request for the key is under way, and that one may still fail.
+            if not await self._is_there(key):
+                raise self._transient("write", key, "another request for it is under way") from None
+            raise
 
     async def put(self, key: str, data: Data) -> None:
         await self._put(key, [data], "overwrite")
