@@ -26,8 +26,10 @@ from blockferry.client.scan import Earlier, Outcome, Scan, Verdict
 from blockferry.client.sources import refuse_in_use, refuse_resized
 from blockferry.client.staging import Noted, Staging
 from blockferry.common.archive import format, tree
-from blockferry.common.archive.archive import OpenArchive, now
-from blockferry.common.archive.columns import NodeRef, Trailer
+from blockferry.common.archive.catalog import Catalog, Log
+from blockferry.common.archive.columns import Child, NodeRef, Trailer
+from blockferry.common.archive.committer import Committer
+from blockferry.common.archive.creation import now, volume_or_new
 from blockferry.common.archive.format import (
     ARCHIVE_BLOCK,
     NOBODY,
@@ -38,7 +40,6 @@ from blockferry.common.archive.format import (
     NodeAt,
     Superblock,
 )
-from blockferry.common.archive.log import Found
 from blockferry.common.archive.seal import parse_level
 from blockferry.common.archive.store import Exists, Missing
 from blockferry.common.disk import crash_point
@@ -89,7 +90,7 @@ class ArchiveOptions:
 
 
 async def archive(
-    source: Volume, opened: OpenArchive, options: ArchiveOptions, progress: Progress
+    source: Volume, catalog: Catalog, options: ArchiveOptions, progress: Progress
 ) -> dict[str, object]:
     """Make the source's content the next snapshot of a volume in the archive, and return the report (schema 1).
 
@@ -97,11 +98,11 @@ async def archive(
     snapshot is of the very same immutable source, nothing is done.
     """
     await refuse_in_use(source, live=options.live)
-    volume = await opened.volume_or_new(options.volume)
-    staging = await in_thread(Staging.open, options.staging / opened.record.id / volume.hex())
+    volume = await volume_or_new(catalog, options.volume)
+    staging = await in_thread(Staging.open, options.staging / catalog.archive.id / volume.hex())
     try:
         while True:
-            report = await _Run(source, opened, volume, staging, options, progress).run()
+            report = await _Run(source, catalog, volume, staging, options, progress).run()
             if report is not None:
                 return report
             # What it was made from was deleted meanwhile. It is made from what is there now.
@@ -125,29 +126,42 @@ def root_of(superblock: Superblock | None) -> tree.Root | None:
     return tree.Root(NodeRef(bytes.fromhex(at.attempt), at.chunk, at.offset, at.length), at.level, at.blocks)
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a run begins with: the newest snapshot, and the log up to the record `top` (0: it is empty)."""
+
+    base: Superblock | None
+    log: Log
+    top: int
+
+
+def _top(log: Log) -> int:
+    return log.numbers[-1] if log.numbers else 0
+
+
 class _Run:
     """One run of an attempt, from a base to its superblock."""
 
     def __init__(
         self,
         source: Volume,
-        opened: OpenArchive,
+        catalog: Catalog,
         volume: bytes,
         staging: Staging,
         options: ArchiveOptions,
         progress: Progress,
     ) -> None:
         self._source = source
-        self._opened = opened
-        self._store = opened.store
+        self._catalog = catalog
+        self._store = catalog.store
         self._volume = volume
-        self._sealer = opened.sealer(volume)
-        self._log = opened.log(volume)
+        self._sealer = catalog.sealer(volume)
+        self._committer = Committer(catalog, volume)
         self._staging = staging
         self._options = options
         self._progress = progress
         self._watch = Stopwatch()
-        self._level = parse_level(options.compression or opened.record.compression)
+        self._level = parse_level(options.compression or catalog.archive.compression)
         self._journal = asyncio.Lock()
         self._slots = asyncio.Semaphore(options.uploads)
         self._uploads: list[asyncio.Task[None]] = []
@@ -163,8 +177,9 @@ class _Run:
     async def run(self) -> dict[str, object] | None:
         """The report; None where everything is to be done again, from another base."""
         await self._settle_commit()
-        found = await self._log.find()
-        base = found.superblock
+        log = await self._catalog.log(self._volume)
+        base = await log.newest()
+        found = Found(base, log, _top(log))
         if self._source.snapshot_id and base is not None and base.snapshot_id == self._source.snapshot_id:
             await self._give_up_attempt()
             return self._report(base, "present", None, None)
@@ -190,7 +205,7 @@ class _Run:
         state = self._staging.state
         if state.commit and not state.committed:
             frame = await in_thread(self._staging.superblock)
-            if frame and await self._log.is_committed(state.attempt, state.commit, frame):
+            if frame and await self._committer.is_committed(state.attempt, state.commit, frame):
                 await in_thread(self._staging.note_committed, state.commit)
         if state.committed:
             await self._clean_up(())
@@ -211,7 +226,7 @@ class _Run:
         """Begin an attempt, or go on with the one that was interrupted; whether it was the latter."""
         state = self._staging.state
         if state.attempt and found.top > state.seen:
-            records = await self._log.after(state.seen)
+            records = await found.log.records(one for one in found.log.numbers if one > state.seen)
             if any(_dooms(one, state.attempt) for one in records if isinstance(one, Deletion)):
                 await self._give_up_attempt()
         resumed = bool(self._attempt)
@@ -230,7 +245,7 @@ class _Run:
             host=socket.gethostname(),
             started=self._staging.state.started,
             renewals=self._renewals,
-            base=found.superblock.number if found.superblock is not None else 0,
+            base=found.base.number if found.base is not None else 0,
             seen=found.top,
         )
         frame = self._sealer.seal_frame(Kind.ATTEMPT, self._attempt, format.encode(record))
@@ -245,7 +260,7 @@ class _Run:
     # --- data and tree ------------------------------------------------------------------------------------------------
 
     async def _work(self, tasks: asyncio.TaskGroup, found: Found, resumed: bool) -> dict[str, object] | None:
-        base = found.superblock
+        base = found.base
         self._progress.start("map")
         await self._ask_for_unfinished()
         run = await in_thread(self._staging.begin_run, self._source.snapshot_id)
@@ -403,22 +418,25 @@ class _Run:
         """Create the superblock under the next number that is free. None where a deletion mark that was not seen before
         takes away what the new tree refers to."""
         seen = found.top
-        number = await self._log.next_number(seen)
+        number = await self._committer.next_number(seen)
         while True:
-            superblock = self._superblock(number, seen, found.superblock, root, nodes.chunks, data_chunks, scan)
-            frame = self._log.seal(Kind.SUPERBLOCK, self._attempt, number, format.encode(superblock))
+            superblock = self._superblock(number, seen, found.base, root, nodes.chunks, data_chunks, scan)
+            frame = self._sealer.seal_frame(
+                Kind.SUPERBLOCK, self._attempt, format.encode(superblock), number=number
+            )
             await in_thread(self._staging.note_commit, number, frame)
             crash_point("archive-commit-noted")
-            if await self._log.append(self._attempt, number, frame, seen):
+            if await self._committer.append(self._attempt, number, frame, seen):
                 break
             # Somebody was quicker: another archiver, which takes nothing from us, or a deletion.
-            for record in await self._log.after(seen):
-                if isinstance(record, Deletion) and await self._takes_from(record, root, nodes):
+            for later in await found.log.refresh():
+                record = await found.log.record(later)
+                if isinstance(record, Deletion) and await self._takes_from(record, found.log, root, nodes):
                     if _dooms(record, self._attempt):
                         await self._give_up_attempt()
                     return None
-                seen = record.number
-            number = await self._log.next_number(seen)
+                seen = max(seen, later)
+            number = await self._committer.next_number(seen)
         crash_point("archive-committed")
         await in_thread(self._staging.note_committed, number)
         return superblock
@@ -458,17 +476,19 @@ class _Run:
             stored=scan.counts.stored_bytes,
         )
 
-    async def _takes_from(self, mark: Deletion, root: tree.Root | None, nodes: Nodes) -> bool:
-        """Whether the tree refers to a chunk that the mark names."""
+    async def _takes_from(self, mark: Deletion, log: Log, root: tree.Root | None, nodes: Nodes) -> bool:
+        """Whether the tree refers to a chunk that the mark names, other than to blocks that were moved out of it."""
         if not mark.chunks:
             return False
+        moves = await log.moves()
         async for ref, node in tree.nodes(root, nodes.load):
             if _names(mark, "meta", ref.attempt, ref.chunk):
                 return True
             if node.level == 0:
                 for entry in node.items:
-                    assert not isinstance(entry, tree.Child)
-                    if _names(mark, "data", entry.attempt, entry.chunk):
+                    assert not isinstance(entry, Child)
+                    moved = moves.get((entry.attempt, entry.chunk, entry.offset))
+                    if moved is None and _names(mark, "data", entry.attempt, entry.chunk):
                         return True
         return False
 
@@ -491,7 +511,7 @@ class _Run:
             "volume_size": superblock.size,
             "block_size": superblock.block_size,
             "source_map": allocation.provenance.value if allocation is not None else None,
-            "encrypted": self._opened.encrypted,
+            "encrypted": self._sealer.encrypted,
             "resumed": False,
             "blocks": {
                 "archived": superblock.root.blocks if superblock.root is not None else 0,
