@@ -43,7 +43,7 @@ from blockferry.common.archive.format import (
 from blockferry.common.archive.seal import parse_level
 from blockferry.common.archive.store import Exists, Missing
 from blockferry.common.disk import crash_point
-from blockferry.common.errors import BlockferryError, first_of
+from blockferry.common.errors import BlockferryError, Code, first_of
 from blockferry.common.regions import AllocationMap
 from blockferry.common.volumes import Volume, in_thread
 from pyroaring import BitMap
@@ -54,6 +54,10 @@ RENEW_SECONDS = 300
 """How often an attempt says that it lives; a sweep waits days."""
 EDITS_AHEAD = 64
 """Batches of edits that the tree may be behind."""
+RESTARTS = 5
+"""Runs that a deletion may spoil; nobody deletes that often."""
+COMMIT_TRIES = 100
+"""Numbers that others may take before us: more than archivers of one volume that anybody has."""
 
 
 @dataclass(frozen=True)
@@ -101,11 +105,18 @@ async def archive(
     volume = await volume_or_new(catalog, options.volume)
     staging = await in_thread(Staging.open, options.staging / catalog.archive.id / volume.hex())
     try:
-        while True:
+        for _ in range(RESTARTS):
             report = await _Run(source, catalog, volume, staging, options, progress).run()
             if report is not None:
                 return report
             # What it was made from was deleted meanwhile. It is made from what is there now.
+        raise BlockferryError(
+            Code.WRONG_STATE,
+            f"{options.volume} cannot be archived",
+            cause=f"what it was made from was deleted meanwhile, {RESTARTS} times",
+            next="let the deletions come to an end, then run it again",
+            volume=options.volume,
+        )
     finally:
         staging.close()
 
@@ -377,7 +388,7 @@ class _Run:
             self._slots.release()
 
     async def _upload_nodes(self, tasks: asyncio.TaskGroup, nodes: Nodes) -> None:
-        phase = self._progress.start("metadata", len(nodes.laid))
+        phase = self._progress.start("metadata", sum(nodes.laid.values()))
 
         async def store(number: int) -> None:
             try:
@@ -386,7 +397,7 @@ class _Run:
                     await in_thread(self._staging.note_meta, number, len(data), data[-TAIL_SIZE:])
                 crash_point("archive-metadata-noted")
                 await self._put(self._staging.state.meta[number], "meta", [data])
-                phase.done += 1
+                phase.done += len(data)
             finally:
                 self._slots.release()
 
@@ -419,7 +430,7 @@ class _Run:
         takes away what the new tree refers to."""
         seen = found.top
         number = await self._committer.next_number(seen)
-        while True:
+        for _ in range(COMMIT_TRIES):
             superblock = self._superblock(number, seen, found.base, root, nodes.chunks, data_chunks, scan)
             frame = self._sealer.seal_frame(
                 Kind.SUPERBLOCK, self._attempt, format.encode(superblock), number=number
@@ -427,7 +438,9 @@ class _Run:
             await in_thread(self._staging.note_commit, number, frame)
             crash_point("archive-commit-noted")
             if await self._committer.append(self._attempt, number, frame, seen):
-                break
+                crash_point("archive-committed")
+                await in_thread(self._staging.note_committed, number)
+                return superblock
             # Somebody was quicker: another archiver, which takes nothing from us, or a deletion.
             for later in await found.log.refresh():
                 record = await found.log.record(later)
@@ -437,9 +450,13 @@ class _Run:
                     return None
                 seen = max(seen, later)
             number = await self._committer.next_number(seen)
-        crash_point("archive-committed")
-        await in_thread(self._staging.note_committed, number)
-        return superblock
+        raise BlockferryError(
+            Code.UNAVAILABLE,
+            f"the snapshot of {self._options.volume} cannot be committed",
+            cause=f"{COMMIT_TRIES} numbers of its log were taken by others",
+            next="see who else archives this volume; then run it again, and what was uploaded is found",
+            volume=self._options.volume,
+        )
 
     def _superblock(
         self,

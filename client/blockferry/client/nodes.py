@@ -39,8 +39,8 @@ class Nodes:
         self._number = max(staging.state.meta, default=-1)
         self._fd = -1
         self._offset = CHUNK_SIZE
-        self.laid: list[int] = []
-        """numbers of the metadata chunks of this run, to be stored"""
+        self.laid: dict[int, int] = {}
+        """the metadata chunks of this run, to be stored: bytes by number"""
         self.used: set[str] = set()
         """names of the cached chunks that were needed"""
 
@@ -75,6 +75,7 @@ class Nodes:
             raise from_os_error(error, f"cannot write {self._staging.meta_path(self._number)}") from error
         ref = NodeRef(self._attempt, self._number, self._offset, len(frame))
         self._offset += len(frame)
+        self.laid[self._number] = self._offset
         return ref
 
     def _seal(self, body: bytes) -> bytes:
@@ -89,7 +90,7 @@ class Nodes:
             self._fd = disk.create(path)
         except OSError as error:
             raise from_os_error(error, f"cannot write {path}") from error
-        self.laid.append(self._number)
+        self.laid[self._number] = 0
 
     def read_chunk(self, number: int) -> bytes:
         """A metadata chunk that was laid down."""
