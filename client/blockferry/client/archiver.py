@@ -321,6 +321,8 @@ class _Run:
         return report
 
     def _packer(self, base: Superblock | None, run: int) -> Packer:
+        first = max(self._staging.state.data, default=-1) + 1
+
         def trailer() -> Trailer:
             return Trailer(
                 run,
@@ -328,9 +330,10 @@ class _Run:
                 bytes.fromhex(base.attempt) if base is not None else NOBODY,
                 self._source.size,
                 int(time.time() * 1e6),
+                first=first,
             )
 
-        return Packer(self._sealer, self._attempt, max(self._staging.state.data, default=-1) + 1, trailer)
+        return Packer(self._sealer, self._attempt, first, trailer)
 
     def _scan(self, allocation: AllocationMap, base: Superblock | None, nodes: Nodes) -> Scan:
         return Scan(

@@ -113,7 +113,7 @@ INNER = Inner(
 TRAILER = Trailer(
     2, 5, EARLIER, 1_000_000_001, 1_767_323_045_000_001, True,
     [0, 7, 8], [300, 262_144, 65], [1, 0, 1], [some("digest 0", 32), some("digest 7", 32), some("digest 8", 32)],
-    [(1, 2), (9, 1)], [Kept(3, 4, 0), Kept(100, 1, 1)],
+    [(1, 2), (9, 1)], [Kept(3, 4, 0), Kept(100, 1, 1)], 2,
 )  # fmt: skip
 BARE = Trailer(0, 0, bytes(16), 1, 0)
 MOVES = sorted(
