@@ -67,8 +67,8 @@ soak: $(READY) ## thousands of kills at random instants, and a hundred thousand 
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/soak
 
 .PHONY: system
-system: $(READY) ## two hosts in network namespaces of their own (root)
-	@deploy/packages tests iproute2
+system: $(READY) ## two hosts in network namespaces of their own, and a real S3 (root)
+	@deploy/packages tests iproute2 gateway
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && deploy/isolate \
 		$(BIN)/python -m pytest --basetemp="$$base/tests" tests/system
 

@@ -187,6 +187,6 @@ def noise(tag: int, length: int = ARCHIVE_BLOCK) -> bytes:
     """Bytes that differ by their tag and compress, with holes of zeros in them."""
     one = random.Random(tag)
     parts = [one.randbytes(4096) if one.random() < 0.3 else bytes([one.randrange(1, 256)]) * 4096 for _ in range(4)]
-    parts[one.randrange(4)] = bytes(4096)
+    parts[one.randrange(1, 4)] = bytes(4096)
     return (b"".join(parts) * (length // 16384 + 1))[:length]
 

@@ -98,6 +98,7 @@ def _main_of(name: str) -> Callable[[], int]:
             pools,
             replicate,
         )
+        from blockferry.common.archive import directory, reader  # noqa: F401
 
         return main.main
     if name == "archive-life":

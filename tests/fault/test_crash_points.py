@@ -43,10 +43,17 @@ def _named(*packages: object) -> set[str]:
     return found
 
 
-BOTH = _named(blockferry.common)
+ARCHIVING = {
+    name
+    for name in _named(blockferry.common, blockferry.client)
+    if name.startswith(("archive-", "restore-", "object-"))
+}
+"""Of archives, which no sync comes by: gone through in tests/integration/test_archive_*.py."""
+
+BOTH = _named(blockferry.common) - ARCHIVING
 SERVER = {name for name in _named(blockferry.server) if not name.startswith("device-")}
 """Those of devices alone are gone through in test_device_crashes.py."""
-CLIENT = _named(blockferry.client)
+CLIENT = _named(blockferry.client) - ARCHIVING
 
 CLONES_ONLY = {"open-cloned"}
 _JOURNAL = ("complete-", "commit-undo-", "commit-redo-", "commit-space-", "drop-undo-", "drop-merge-", "delta-")

@@ -7,6 +7,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -171,6 +173,33 @@ async def test_an_object_that_shrinks_while_it_is_read_is_told(tmp_path: Path) -
     with pytest.raises(BlockferryError) as told:
         await store.get_range("a", 0, 100)
     assert told.value.code is Code.DATA_MISMATCH
+
+
+_WRITE = """
+import asyncio, sys
+from blockferry.common.archive.store import open_store
+
+async def write():
+    async with await open_store(sys.argv[1]) as store:
+        await store.put_new("log/1", [b"whole ", b"object"])
+
+asyncio.run(write())
+"""
+
+
+@pytest.mark.parametrize(("point", "there"), [("object-before-link", False), ("object-before-flush", True)])
+async def test_a_writer_that_dies_leaves_a_whole_object_or_none(tmp_path: Path, point: str, there: bool) -> None:
+    environment = {**os.environ, "BLOCKFERRY_CRASH_POINT": point}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", _WRITE, f"file://{tmp_path}", env=environment
+    )
+    assert await process.wait() == -signal.SIGKILL
+    store = await DirectoryStore.open(tmp_path)
+    assert list(await store.list("")) == (["log/1"] if there else [])
+    if there:
+        assert await store.get("log/1") == b"whole object"
+    await store.put_new("log/2", [b"x"])
+    assert list((tmp_path / INCOMING).iterdir()) == []
 
 
 # --- what S3 answers on bad days --------------------------------------------------------------------------------------
