@@ -13,10 +13,11 @@ from blockferry.common.volumes import Volume
 from pyroaring import BitMap
 
 ENTRY_SIZE = 64
-"""Bytes of metadata for each block, at most: its entry in a leaf, its part of the nodes above, its row in a trailer is
-within the data chunk."""
-NODE_SIZE = 192
-"""Bytes of a node beside its entries, at most."""
+"""Bytes of an entry of a leaf, at most."""
+CHILD_SIZE = 32
+"""Bytes of an entry of a node above the leaves, at most."""
+NODE_SIZE = 128
+"""Bytes of a node beside its entries."""
 
 CREATION_PUTS = 3
 """archive.json and two to find out what the store can do; a key is one more."""
@@ -68,35 +69,37 @@ def costs(
     blocks = found.regions if changed is None else found.regions & changed
     data = found.geometry.bytes_in(blocks)
     old = base.root.blocks if base is not None and base.root is not None else 0
-    # At worst each of them is in a leaf of its own. Splitting leaves halves of nodes behind.
     touched = len(blocks) + (old if changed is None else min(old, len(changed)))
-    leaves = min(touched, 1 + 2 * (len(blocks) + old) // MAX_ENTRIES)
-    metadata = _nodes(leaves) * NODE_SIZE + min(leaves * MAX_ENTRIES, len(blocks) + old) * ENTRY_SIZE
+    metadata = _metadata(touched, len(blocks) + old)
     fixed = COMMIT_PUTS + (0 if known else 1) + (0 if created else CREATION_PUTS + encrypted)
     # Blocks do not fill a chunk to its end: a whole one may be left out.
     chunks = -(-data // (CHUNK_SIZE - 2 * ARCHIVE_BLOCK))
     return {
         "blocks": {"allocated": len(blocks), "in_base": old},
-        "bytes": {"source_read": data, "data_min": 0, "data_max": data, "metadata_max": metadata},
+        "bytes": {"source_read": data, "data_min": 0, "data_max": data, "metadata": metadata},
         "requests": {
             "put_min": fixed,
             "put_max": fixed + chunks + -(-metadata // CHUNK_SIZE),
-            "get_max": _gets(base, created=created, known=known, encrypted=encrypted),
-            "list": 1 + encrypted,
+            # archive.json, the name, the superblock read back; what is new is looked for first; with all metadata of
+            # earlier snapshots in the staging directory.
+            "get": 3 + (not known) + (not created) + (created and encrypted) + (base is not None),
+            "list": 1 + (created and encrypted),
             "delete": 1 + (not created),
         },
     }
 
 
-def _nodes(leaves: int) -> int:
-    total, level = 0, leaves
-    while level:
-        total += level
-        level = -(-level // MAX_ENTRIES) if level > 1 else 0
+def _metadata(touched: int, blocks: int) -> int:
+    """Bytes of new nodes, where at worst each of the blocks that are touched is in a leaf of its own. Leaves are taken
+    to be half full, as splitting makes them."""
+    if not touched:
+        return 0
+    all_nodes = 1 + 2 * blocks // MAX_ENTRIES
+    count = min(touched, all_nodes)
+    total = count * NODE_SIZE + min(count * MAX_ENTRIES, blocks) * ENTRY_SIZE
+    while all_nodes > 1:
+        below, all_nodes = all_nodes, 1 + 2 * all_nodes // MAX_ENTRIES
+        count = min(count, all_nodes)
+        total += count * NODE_SIZE + min(count * MAX_ENTRIES, below) * CHILD_SIZE
     return total
 
-
-def _gets(base: Superblock | None, *, created: bool, known: bool, encrypted: bool) -> int:
-    # archive.json, the name twice where it is new, the superblock read back; the key; the base, and its metadata.
-    metadata = base.meta_chunks if base is not None else 0
-    return 3 + (not known) + (not created) + encrypted + (1 + metadata if base is not None else 0)

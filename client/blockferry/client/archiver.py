@@ -43,7 +43,7 @@ from blockferry.common.archive.format import (
 from blockferry.common.archive.seal import parse_level
 from blockferry.common.archive.store import Exists, Missing
 from blockferry.common.disk import crash_point
-from blockferry.common.errors import BlockferryError, Code, first_of
+from blockferry.common.errors import BlockferryError, Code, first_of, from_os_error
 from blockferry.common.regions import AllocationMap
 from blockferry.common.volumes import Volume, in_thread
 from pyroaring import BitMap
@@ -175,7 +175,6 @@ class _Run:
         self._level = parse_level(options.compression or catalog.archive.compression)
         self._journal = asyncio.Lock()
         self._slots = asyncio.Semaphore(options.uploads)
-        self._uploads: list[asyncio.Task[None]] = []
         self._edits: asyncio.Queue[list[tree.Edit] | None] = asyncio.Queue(EDITS_AHEAD)
         self._uploaded = 0
         self._objects = {"data": 0, "meta": 0}
@@ -195,15 +194,17 @@ class _Run:
             await self._give_up_attempt()
             return self._report(base, "present", None, None)
         resumed = await self._begin(found)
-        failure: BlockferryError | None = None
+        failure: BlockferryError | OSError | None = None
         report: dict[str, object] | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 renewing = tasks.create_task(self._renew(found), name="renew")
-                report = await self._work(tasks, found, resumed)
+                report = await self._work(found, resumed)
                 renewing.cancel()
-        except* BlockferryError as group:
+        except* (BlockferryError, OSError) as group:
             failure = first_of(group)
+        if isinstance(failure, OSError):
+            raise from_os_error(failure, f"cannot use {self._staging.directory} for staging") from failure
         if failure is not None:
             # Not raised above: before Python 3.11.4 whatever leaves an `except*` is wrapped in a group again.
             raise failure
@@ -270,7 +271,7 @@ class _Run:
 
     # --- data and tree ------------------------------------------------------------------------------------------------
 
-    async def _work(self, tasks: asyncio.TaskGroup, found: Found, resumed: bool) -> dict[str, object] | None:
+    async def _work(self, found: Found, resumed: bool) -> dict[str, object] | None:
         base = found.base
         self._progress.start("map")
         await self._ask_for_unfinished()
@@ -282,30 +283,12 @@ class _Run:
         try:
             packer = self._packer(base, run)
             scan = self._scan(allocation, base, nodes)
-            making = tasks.create_task(
-                tree.edit(root_of(base), self._batches_of_edits(), nodes.load, nodes.save), name="tree"
-            )
-
-            async def consume(outcomes: list[Outcome]) -> None:
-                edits = [_carry_out(packer, outcome) for outcome in outcomes]
-                for chunk in packer.full():
-                    await self._upload_data(tasks, run, chunk)
-                if edits:
-                    await self._edits.put(edits)
-
-            await scan.run(consume)
-            await refuse_resized(self._source)
-            for chunk in packer.finish():
-                await self._upload_data(tasks, run, chunk)
-            await self._edits.put(None)
-            root = await making
-            await asyncio.gather(*self._uploads)
+            root = await self._upload_data(scan, packer, nodes, run, root_of(base))
             self._watch.lap("data")
-            crash_point("archive-data-stored")
-
-            await self._upload_nodes(tasks, nodes)
+            crash_point("archive-all-data-stored")
+            await self._upload_nodes(nodes)
             self._watch.lap("metadata")
-            crash_point("archive-metadata-stored")
+            crash_point("archive-all-metadata-stored")
 
             self._progress.start("commit")
             superblock = await self._commit(found, root, nodes, packer.number, scan)
@@ -372,10 +355,31 @@ class _Run:
         name = format.data_name if kind == "data" else format.meta_name
         return name(self._volume, self._attempt, number)
 
-    async def _upload_data(self, tasks: asyncio.TaskGroup, run: int, chunk: Chunk) -> None:
-        await self._slots.acquire()
-        self._uploads = [task for task in self._uploads if not task.done() or task.exception() is not None]
-        self._uploads.append(tasks.create_task(self._store_data(run, chunk), name=f"data-{chunk.number}"))
+    async def _upload_data(
+        self, scan: Scan, packer: Packer, nodes: Nodes, run: int, base: tree.Root | None
+    ) -> tree.Root | None:
+        """Returns the new tree, when all data is stored and all nodes are laid down."""
+        async with asyncio.TaskGroup() as tasks:
+            making = tasks.create_task(
+                tree.edit(base, self._batches_of_edits(), nodes.load, nodes.save), name="tree"
+            )
+
+            async def upload(chunks: Sequence[Chunk]) -> None:
+                for chunk in chunks:
+                    await self._slots.acquire()
+                    tasks.create_task(self._store_data(run, chunk), name=f"data-{chunk.number}")
+
+            async def consume(outcomes: list[Outcome]) -> None:
+                edits = [_carry_out(packer, outcome) for outcome in outcomes]
+                await upload(packer.full())
+                if edits:
+                    await self._edits.put(edits)
+
+            await scan.run(consume)
+            await refuse_resized(self._source)
+            await upload(packer.finish())
+            await self._edits.put(None)
+        return making.result()
 
     async def _store_data(self, run: int, chunk: Chunk) -> None:
         try:
@@ -386,11 +390,13 @@ class _Run:
                     chunk.number, chunk.size, chunk.tail, run, chunk.trailer, keys[0], keys[-1],
                 )  # fmt: skip
             crash_point("archive-data-noted")
-            await self._put(self._staging.state.data[chunk.number], "data", chunk.parts)
+            await self._put("data", self._staging.state.data[chunk.number], chunk.parts)
+            crash_point("archive-data-stored")
+            await self._finished("data", chunk.number)
         finally:
             self._slots.release()
 
-    async def _upload_nodes(self, tasks: asyncio.TaskGroup, nodes: Nodes) -> None:
+    async def _upload_nodes(self, nodes: Nodes) -> None:
         phase = self._progress.start("metadata", sum(nodes.laid.values()))
 
         async def store(number: int) -> None:
@@ -399,18 +405,19 @@ class _Run:
                 async with self._journal:
                     await in_thread(self._staging.note_meta, number, len(data), data[-TAIL_SIZE:])
                 crash_point("archive-metadata-noted")
-                await self._put(self._staging.state.meta[number], "meta", [data])
+                await self._put("meta", self._staging.state.meta[number], [data])
+                crash_point("archive-metadata-stored")
+                await self._finished("meta", number)
                 phase.done += len(data)
             finally:
                 self._slots.release()
 
-        uploads = []
-        for number in nodes.laid:
-            await self._slots.acquire()
-            uploads.append(tasks.create_task(store(number), name=f"meta-{number}"))
-        await asyncio.gather(*uploads)
+        async with asyncio.TaskGroup() as tasks:
+            for number in nodes.laid:
+                await self._slots.acquire()
+                tasks.create_task(store(number), name=f"meta-{number}")
 
-    async def _put(self, noted: Noted, kind: str, parts: Sequence[bytes]) -> None:
+    async def _put(self, kind: str, noted: Noted, parts: Sequence[bytes]) -> None:
         key = self._object(kind, noted.number)
         try:
             await self._store.put_new(key, parts)
@@ -418,11 +425,12 @@ class _Run:
             # A request of ours that was given up arrived after all; nobody else has this attempt.
             if not await self._is_there(key, noted):
                 raise
-        crash_point(f"archive-{kind}-stored-one")
-        async with self._journal:
-            self._staging.done(kind, noted.number)
         self._uploaded += noted.size
         self._objects[kind] += 1
+
+    async def _finished(self, kind: str, number: int) -> None:
+        async with self._journal:
+            self._staging.done(kind, number)
 
     # --- commit -------------------------------------------------------------------------------------------------------
 

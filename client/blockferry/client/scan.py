@@ -100,9 +100,10 @@ class Earlier:
         self._ahead = collections.deque(sorted(chunks, key=lambda one: one.first))
         self._near: list[tuple[Noted, dict[int, Entry]]] = []
 
-    def between(self, first: int, last: int) -> dict[int, list[tuple[Entry, bool]]]:
-        """What was stored of the blocks from `first` to `last`: where it is, and whether it was read from the very same
-        immutable snapshot."""
+    def among(self, blocks: Sequence[int]) -> dict[int, list[tuple[Entry, bool]]]:
+        """What was stored of some ascending blocks: where it is, and whether it was read from the very same immutable
+        snapshot."""
+        first, last = blocks[0], blocks[-1]
         self._near = [one for one in self._near if one[0].last >= first]
         while self._ahead and self._ahead[0].first <= last:
             noted = self._ahead.popleft()
@@ -111,9 +112,8 @@ class Earlier:
         found: dict[int, list[tuple[Entry, bool]]] = {}
         for noted, entries in self._near:
             same = bool(self._snapshot_id) and self._staging.state.runs[noted.run] == self._snapshot_id
-            for block in range(max(first, noted.first), min(last, noted.last) + 1):
-                entry = entries.get(block)
-                if entry is not None:
+            for block in blocks:
+                if (entry := entries.get(block)) is not None:
                     found.setdefault(block, []).append((entry, same))
         return found
 
@@ -220,7 +220,7 @@ class Scan:
             yield await self._prepared(batch)
 
     async def _prepared(self, batch: _Batch) -> _Batch:
-        batch.earlier = await in_thread(self._earlier.between, batch.looks[0].block, batch.looks[-1].block)
+        batch.earlier = await in_thread(self._earlier.among, [look.block for look in batch.looks])
         batch.reads = [
             look.block
             for look in batch.looks

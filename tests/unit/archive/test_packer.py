@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import random
 
 import pytest
 from blockferry.client import packer
 from blockferry.client.packer import Chunk, Packer
-from blockferry.common.archive.columns import MAX_CHUNK_BLOCKS, Entry, Kept, Trailer, decode_trailer, encode_node
-from blockferry.common.archive.columns import Leaf
-from blockferry.common.archive.format import ARCHIVE_BLOCK, CHUNK_SIZE, FOOTER, MAGIC, TAIL_SIZE, Kind
+from blockferry.common.archive.columns import (
+    MAX_CHUNK_BLOCKS,
+    Entry,
+    Kept,
+    Leaf,
+    Trailer,
+    decode_trailer,
+    encode_node,
+    encode_trailer,
+)
+from blockferry.common.archive.format import (
+    ARCHIVE_BLOCK,
+    CHUNK_SIZE,
+    FOOTER,
+    MAGIC,
+    NONCE_SIZE,
+    TAG_SIZE,
+    TAIL_SIZE,
+    Kind,
+)
 from blockferry.common.archive.seal import Sealer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -126,21 +145,20 @@ def test_metadata_is_less_than_a_two_thousandth_of_the_data() -> None:
     """0.05 %, trailers, nonces and tags included, of a full volume whose blocks pack to all kinds of lengths."""
     rng = random.Random(7)
     sealer = Sealer(KEY, VOLUME)
-    packing = made(sealer)
-    count = 16 * 256
-    entries = []
-    for block in range(count):
-        length = rng.randrange(150_000, ARCHIVE_BLOCK)
-        packing._length += length  # as if they were there
-        packing._parts.clear()
-        if packing._room < ARCHIVE_BLOCK:
-            packing._close()
-        entries.append(packing.add(block, 1, b"", rng.randbytes(32))._replace(length=length, offset=min(packing._length, CHUNK_SIZE - length)))
-        packing._trailer.lengths[-1] = length
-    trailers = sum(len(chunk.trailer) + FOOTER.size for chunk in packing.finish())
-    leaves = [Leaf(range(first, first + 256), entries[first : first + 256]) for first in range(0, count, 256)]
+    blocks = iter(range(16 * 256))
+    entries: list[Entry] = []
+    trailers = 0
+    for number in range(16 * 256 // 64):
+        trailer = dataclasses.replace(new(), keys=list(itertools.islice(blocks, 64)))
+        trailer.lengths = [rng.randrange(100_000, ARCHIVE_BLOCK) for _ in trailer.keys]
+        trailer.codecs = [1] * 64
+        trailer.digests = [rng.randbytes(32) for _ in trailer.keys]
+        frame = sealer.seal_frame(Kind.TRAILER, ATTEMPT, encode_trailer(trailer), number=number)
+        trailers += len(frame) + FOOTER.size
+        entries += [entry for _, entry in trailer.entries(ATTEMPT, number)]
+    leaves = [Leaf(range(first, first + 256), entries[first : first + 256]) for first in range(0, len(entries), 256)]
     nodes = sum(len(sealer.seal_frame(Kind.NODE, ATTEMPT, encode_node(leaf))) for leaf in leaves)
-    sealed = 28 * count
-    share = (trailers + nodes * 257 / 256 + sealed) / (count * ARCHIVE_BLOCK)
-    print(f"{(trailers + sealed) / count:.1f} bytes of trailer and seal, {nodes / count:.1f} of nodes for each block: {share:.4%}")
-    assert share < 0.0005
+    # One node above 256 of them, and the nonce and the tag of each block.
+    each = (trailers + nodes * 257 / 256) / len(entries) + NONCE_SIZE + TAG_SIZE
+    print(f"{trailers / len(entries):.1f} bytes of trailer and {nodes / len(entries):.1f} of nodes for each block")
+    assert each < 0.0005 * ARCHIVE_BLOCK

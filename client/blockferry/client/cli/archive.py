@@ -77,8 +77,8 @@ def _plan_lines(report: Mapping[str, object]) -> list[str]:
         f"  to read    {human_bytes(moved['source_read'])} in {blocks['allocated']} blocks, "
         f"map {report['source_map']}",
         f"  to store   between nothing and {human_bytes(moved['data_max'])} before compression, "
-        f"and at most {human_bytes(moved['metadata_max'])} of metadata",
-        f"  requests   {requests['put_min']} to {requests['put_max']} PUT, at most {requests['get_max']} GET, "
+        f"and at most about {human_bytes(moved['metadata'])} of metadata",
+        f"  requests   {requests['put_min']} to {requests['put_max']} PUT, {requests['get']} GET, "
         f"{requests['list']} LIST, {requests['delete']} DELETE",
     ]
 
