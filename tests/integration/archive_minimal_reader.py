@@ -254,7 +254,7 @@ class Archive:
             found[number] = one
         require(found and (not wanted or wanted in found), "there is no such snapshot")
         number = wanted or max(found)
-        return found[number], [(at, body) for at, body in remaps if at > number]
+        return found[number], remaps
 
     # --- trees ----------------------------------------------------------------------------------------------------
 
