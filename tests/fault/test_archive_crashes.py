@@ -44,16 +44,20 @@ class Host:
 
     def run(self, snapshot_id: str, doom: str = "") -> list[str] | None:
         """One run; the objects it has made, or None if it was killed, as it should be at `doom`."""
-        self.log.unlink(missing_ok=True)
-        words = [str(zygote.PROGRAMS / "archive-life"), str(self.image), str(self.store), str(self.directory / "staging")]
-        words += [str(self.log), snapshot_id]
-        environment = {**zygote.environment(), "BLOCKFERRY_CRASH_POINT": doom}
-        process = zygote.popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = self.start(snapshot_id, doom)
         _, errors = process.communicate(timeout=60)
         if process.returncode == -signal.SIGKILL and doom:
             return None
         assert process.returncode == 0, errors
         return self.log.read_text().splitlines() if self.log.exists() else []
+
+    def start(self, snapshot_id: str, doom: str = "") -> subprocess.Popen[str]:
+        """Begin a run."""
+        self.log.unlink(missing_ok=True)
+        words = [str(zygote.PROGRAMS / "archive-life"), str(self.image), str(self.store), str(self.directory / "staging")]
+        words += [str(self.log), snapshot_id]
+        environment = {**zygote.environment(), "BLOCKFERRY_CRASH_POINT": doom}
+        return zygote.popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     async def site(self) -> Site:
         """What looks at the store."""
@@ -103,6 +107,12 @@ async def killed(host: Host, doom: str, snapshot_id: str) -> bool:
     """Whether a run dies at `doom`; if so, everything that must hold then, and of the next run."""
     if host.run(snapshot_id, doom) is not None:
         return False
+    await after_death(host, snapshot_id)
+    return True
+
+
+async def after_death(host: Host, snapshot_id: str) -> None:
+    """What must hold after a death at any instant, and of the next run."""
     site = await host.site()
     committed = await snapshots_in(site)
     if committed:
@@ -127,7 +137,6 @@ async def killed(host: Host, doom: str, snapshot_id: str) -> bool:
     assert len(bodies) == len(set(bodies))
     if remaining == 0 and nodes:
         assert len(bodies) >= nodes
-    return True
 
 
 @pytest.mark.parametrize("snapshot_id", ["", "one"], ids=["mutable", "immutable"])

@@ -44,7 +44,7 @@ from blockferry.common.archive.seal import parse_level
 from blockferry.common.archive.store import Exists, Missing
 from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code, first_of, from_os_error
-from blockferry.common.regions import AllocationMap
+from blockferry.common.regions import AllocationMap, runs_of
 from blockferry.common.volumes import Volume, in_thread
 from pyroaring import BitMap
 
@@ -71,9 +71,9 @@ class Changed:
     def blocks(self, old_size: int, new_size: int) -> BitMap:
         """The archive blocks that may differ, those included that one of the sizes cuts."""
         found = BitMap()
-        for region in self.regions:
-            start = region * self.region_size
-            found.add_range(start // ARCHIVE_BLOCK, -(-(start + self.region_size) // ARCHIVE_BLOCK))
+        for first, count in runs_of(self.regions, self.regions.max() + 1 if self.regions else 0):
+            start, end = first * self.region_size, (first + count) * self.region_size
+            found.add_range(start // ARCHIVE_BLOCK, -(-end // ARCHIVE_BLOCK))
         if old_size != new_size:
             low, high = sorted((old_size, new_size))
             found.add_range(low // ARCHIVE_BLOCK, -(-high // ARCHIVE_BLOCK))
@@ -179,6 +179,8 @@ class _Run:
         self._uploaded = 0
         self._objects = {"data": 0, "meta": 0}
         self._renewals = 0
+        self._used: list[str] = []
+        self._doomed = False
 
     @property
     def _attempt(self) -> bytes:
@@ -208,6 +210,11 @@ class _Run:
         if failure is not None:
             # Not raised above: before Python 3.11.4 whatever leaves an `except*` is wrapped in a group again.
             raise failure
+        # When nobody renews it any more.
+        if report is not None:
+            await self._clean_up(self._used)
+        elif self._doomed:
+            await self._give_up_attempt()
         return report
 
     # --- the attempt --------------------------------------------------------------------------------------------------
@@ -294,7 +301,7 @@ class _Run:
             superblock = await self._commit(found, root, nodes, packer.number, scan)
             if superblock is None:
                 return None
-            await self._clean_up(sorted(nodes.used))
+            self._used = sorted(nodes.used)
         finally:
             nodes.close()
         self._watch.lap("commit")
@@ -456,8 +463,7 @@ class _Run:
             for later in await found.log.refresh():
                 record = await found.log.record(later)
                 if isinstance(record, Deletion) and await self._takes_from(record, found.log, root, nodes):
-                    if _dooms(record, self._attempt):
-                        await self._give_up_attempt()
+                    self._doomed = _dooms(record, self._attempt)
                     return None
                 seen = max(seen, later)
             number = await self._committer.next_number(seen)
