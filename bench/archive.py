@@ -196,7 +196,11 @@ def result(seconds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         medians = {name: statistics.median(run[step] for run in runs) for name, runs in seconds.items()}
         ratio = medians["borg"] / medians["blockferry"]
         rows.append(
-            {"step": step, **{f"{name}_s": round(found, 2) for name, found in medians.items()}, "borg/ours": round(ratio, 1)}
+            {
+                "step": step,
+                **{f"{name}_s": round(found, 2) for name, found in medians.items()},
+                "borg/ours": round(ratio, 1),
+            }
         )
         if ratio < LEAST_RATIO:
             broken.append(f"{step}: {ratio:.1f} times as fast as borg; at least {LEAST_RATIO:g} is expected")

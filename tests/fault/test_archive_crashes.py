@@ -54,7 +54,12 @@ class Host:
     def start(self, snapshot_id: str, doom: str = "") -> subprocess.Popen[str]:
         """Begin a run."""
         self.log.unlink(missing_ok=True)
-        words = [str(zygote.PROGRAMS / "archive-life"), str(self.image), str(self.store), str(self.directory / "staging")]
+        words = [
+            str(zygote.PROGRAMS / "archive-life"),
+            str(self.image),
+            str(self.store),
+            str(self.directory / "staging"),
+        ]
         words += [str(self.log), snapshot_id]
         environment = {**zygote.environment(), "BLOCKFERRY_CRASH_POINT": doom}
         return zygote.popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -114,7 +114,9 @@ def test_a_generation_of_a_replica_is_archived_once(
     # A snapshot in an archive is a source, too.
     other = tmp_path / "other"
     other.mkdir()
-    copied = ok("archive", "create", f"{place.uri}#vm", f"file://{other}", "--volume", "copy", "--state-dir", place.state)
+    copied = ok(
+        "archive", "create", f"{place.uri}#vm", f"file://{other}", "--volume", "copy", "--state-dir", place.state
+    )
     assert copied["snapshot_id"] == f"archive:{copied['snapshot_id'].split(':')[1]}:{first['attempt']}"
     assert ok("verify", f"file://{other}#copy", image)["outcome"] == "equal"
 
@@ -213,7 +215,10 @@ def test_a_sparse_volume_of_16_tib_costs_what_it_holds(place: Place, xfs_pool_ro
     try:
         build(path, HUGE, [(number * step, noise(number, 4096)) for number in range(BLOCKS_OF_HUGE)])
         process = subprocess.Popen(
-            [*command(*place.words(path)), "--json", "--quiet"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command(*place.words(path)), "--json", "--quiet"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         peak = 0
         while process.poll() is None:

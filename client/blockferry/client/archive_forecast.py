@@ -102,4 +102,3 @@ def _metadata(touched: int, blocks: int) -> int:
         count = min(count, all_nodes)
         total += count * NODE_SIZE + min(count * MAX_ENTRIES, below) * CHILD_SIZE
     return total
-

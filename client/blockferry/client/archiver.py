@@ -93,9 +93,7 @@ class ArchiveOptions:
     renew_seconds: float = RENEW_SECONDS
 
 
-async def archive(
-    source: Volume, catalog: Catalog, options: ArchiveOptions, progress: Progress
-) -> dict[str, object]:
+async def archive(source: Volume, catalog: Catalog, options: ArchiveOptions, progress: Progress) -> dict[str, object]:
     """Make the source's content the next snapshot of a volume in the archive, and return the report (schema 1).
 
     Whatever goes wrong, no snapshot appears; the next call goes on with what is in the archive already. Where the newest
@@ -367,9 +365,7 @@ class _Run:
     ) -> tree.Root | None:
         """Returns the new tree, when all data is stored and all nodes are laid down."""
         async with asyncio.TaskGroup() as tasks:
-            making = tasks.create_task(
-                tree.edit(base, self._batches_of_edits(), nodes.load, nodes.save), name="tree"
-            )
+            making = tasks.create_task(tree.edit(base, self._batches_of_edits(), nodes.load, nodes.save), name="tree")
 
             async def upload(chunks: Sequence[Chunk]) -> None:
                 for chunk in chunks:
@@ -450,9 +446,7 @@ class _Run:
         number = await self._committer.next_number(seen)
         for _ in range(COMMIT_TRIES):
             superblock = self._superblock(number, seen, found.base, root, nodes.chunks, data_chunks, scan)
-            frame = self._sealer.seal_frame(
-                Kind.SUPERBLOCK, self._attempt, format.encode(superblock), number=number
-            )
+            frame = self._sealer.seal_frame(Kind.SUPERBLOCK, self._attempt, format.encode(superblock), number=number)
             await in_thread(self._staging.note_commit, number, frame)
             crash_point("archive-commit-noted")
             if await self._committer.append(self._attempt, number, frame, seen):

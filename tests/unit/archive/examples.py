@@ -53,7 +53,9 @@ ATTEMPT, EARLIER = some("attempt", 16), some("earlier attempt", 16)
 KEY = some("archive key", 32)
 CREATED = "2026-01-02T03:04:05Z"
 
-ARCHIVE = Archive(id=some("archive", 16).hex(), compression="zstd:3", encryption="aes-256-gcm", conditional=True, created=CREATED)
+ARCHIVE = Archive(
+    id=some("archive", 16).hex(), compression="zstd:3", encryption="aes-256-gcm", conditional=True, created=CREATED
+)
 NAME = Name(name="db-1.raw", volume=VOLUME.hex(), created=CREATED)
 SUPERBLOCK = Superblock(
     number=7, volume=VOLUME.hex(), attempt=ATTEMPT.hex(), base=5, base_attempt=EARLIER.hex(), seen=6, created=CREATED,
@@ -165,7 +167,10 @@ def keys() -> dict[str, Key]:
 
 def vectors() -> dict[str, bytes]:
     """Everything, by the name of its file."""
-    found = {f"{name}.json": format.encode(record) for name, record in {**RECORDS, **{f"key-{n}": k for n, k in keys().items()}}.items()}
+    found = {
+        f"{name}.json": format.encode(record)
+        for name, record in {**RECORDS, **{f"key-{n}": k for n, k in keys().items()}}.items()
+    }
     found |= {f"{name}.body": body for name, body in BODIES.items()}
     for how, sealer in sealers().items():
         for name, (kind, body, number, offset) in FRAMES.items():

@@ -274,7 +274,9 @@ async def test_an_attempt_says_that_it_lives_while_it_works(site: Site) -> None:
 async def test_an_attempt_is_announced_before_anything_is_uploaded(site: Site) -> None:
     counting = CountingStore(site.store)
     await site.on(counting).archive(volume(content(1, 2, 3, 4, 5)))
-    kinds = [key.split("/")[1] for name, key in counting.requests if len(key.split("/")) == 3 and name.startswith("put")]
+    kinds = [
+        key.split("/")[1] for name, key in counting.requests if len(key.split("/")) == 3 and name.startswith("put")
+    ]
     assert kinds == ["attempts", "data", "data", "meta", "log"]
 
 

@@ -38,7 +38,9 @@ from tests.unit.archive.examples import ATTEMPT, EARLIER, some
 from tests.unit.archive.test_format import refused
 
 ids = st.integers(0, 5).map(lambda number: some(f"attempt {number}", 16))
-blocks = st.lists(st.integers(0, MAX_BLOCKS - 1) | st.integers(0, 1000), unique=True, min_size=1, max_size=40).map(sorted)
+blocks = st.lists(st.integers(0, MAX_BLOCKS - 1) | st.integers(0, 1000), unique=True, min_size=1, max_size=40).map(
+    sorted
+)
 places = st.tuples(st.integers(0, CHUNK_SIZE - 1), st.integers(1, CHUNK_SIZE)).map(
     lambda one: (one[0], min(one[1], CHUNK_SIZE - one[0]))
 )
@@ -218,7 +220,9 @@ def test_trailers_with_too_many_blocks_are_refused() -> None:
     with refused():
         decode_trailer(
             encode_trailer(
-                dataclasses.replace(T, keys=list(range(many)), lengths=[1] * many, codecs=[0] * many, digests=[bytes(32)] * many)
+                dataclasses.replace(
+                    T, keys=list(range(many)), lengths=[1] * many, codecs=[0] * many, digests=[bytes(32)] * many
+                )
             ),
             "object-1",
         )

@@ -47,7 +47,16 @@ def test_names_of_log_records_say_their_number() -> None:
     name = format.log_name(VOLUME, 9_999_999_999, ATTEMPT)
     assert format.parse_log_name(name) == LogName(9_999_999_999, ATTEMPT, False)
     assert format.parse_log_name(name + format.DONE) == LogName(9_999_999_999, ATTEMPT, True)
-    for other in ("", "1", "0000000000", "00000000012", "000000001a", "0000000001.done", "0000000001-ab", "0000000001-" + "a" * 32 + ".d"):
+    for other in (
+        "",
+        "1",
+        "0000000000",
+        "00000000012",
+        "000000001a",
+        "0000000001.done",
+        "0000000001-ab",
+        "0000000001-" + "a" * 32 + ".d",
+    ):
         assert format.parse_log_name(f"{VOLUME.hex()}/log/{other}") is None, other
 
 

@@ -58,7 +58,9 @@ async def test_no_chunk_is_uploaded_twice(
         report = await one.on(counting).archive(source)
         assert await site.read() == DATA
         fresh = len(chunks(counting, "data"))
-        committed = report["outcome"] == "present" or part == "/attempts/" and operation == "delete" or part == "/log/" and lost
+        committed = (
+            report["outcome"] == "present" or part == "/attempts/" and operation == "delete" or part == "/log/" and lost
+        )
         if not committed:
             assert report["blocks"]["stored"] + stored == BLOCKS
             assert report["resumed"] == (part != "/attempts/" or lost or True)
@@ -121,7 +123,11 @@ async def test_interrupted_again_and_again(site: Site) -> None:
     """Each run gets one chunk further, and says in its trailers what it keeps."""
     for after in range(1, 7):
         assert await fails(site, "put_new", "/data/", 1, lost=False, snapshot_id="")
-        assert len(set(await trailers_blocks(site))) == len(await trailers_blocks(site)) == min(3 * after, BLOCKS) - (after == 6)
+        assert (
+            len(set(await trailers_blocks(site)))
+            == len(await trailers_blocks(site))
+            == min(3 * after, BLOCKS) - (after == 6)
+        )
         if after == 5:
             break
     await site.archive(volume(DATA))

@@ -23,7 +23,9 @@ SEALERS = pytest.mark.parametrize("sealer", [PLAIN, ENCRYPTED], ids=["plain", "e
 TEXT = b"compressible " * 1000
 
 
-def damaged(sealer: Sealer, stored: bytes, codec: int, digest: bytes, length: int, *, block: int = 3, attempt: bytes = ATTEMPT) -> BlockferryError:
+def damaged(
+    sealer: Sealer, stored: bytes, codec: int, digest: bytes, length: int, *, block: int = 3, attempt: bytes = ATTEMPT
+) -> BlockferryError:
     with pytest.raises(BlockferryError) as told:
         sealer.open_block(attempt, block, codec, stored, length, digest)
     assert told.value.code is Code.DATA_MISMATCH and told.value.offset == block * ARCHIVE_BLOCK
@@ -31,7 +33,9 @@ def damaged(sealer: Sealer, stored: bytes, codec: int, digest: bytes, length: in
 
 
 @SEALERS
-@given(data=st.binary(min_size=1, max_size=3000), block=st.integers(0, (1 << 46) - 1), level=st.sampled_from([0, 1, 19]))
+@given(
+    data=st.binary(min_size=1, max_size=3000), block=st.integers(0, (1 << 46) - 1), level=st.sampled_from([0, 1, 19])
+)
 def test_blocks_come_back(sealer: Sealer, data: bytes, block: int, level: int) -> None:
     codec, stored = sealer.seal_block(ATTEMPT, block, memoryview(data), level)
     assert sealer.open_block(ATTEMPT, block, codec, stored, len(data), sealer.digest(data)) == data
@@ -40,7 +44,11 @@ def test_blocks_come_back(sealer: Sealer, data: bytes, block: int, level: int) -
 @SEALERS
 def test_what_packs_is_packed_and_all_else_is_stored_plain(sealer: Sealer) -> None:
     extra = 28 if sealer.encrypted else 0
-    for data, codec in ((bytes(ARCHIVE_BLOCK), Codec.ZSTD), (some("noise", ARCHIVE_BLOCK), Codec.PLAIN), (b"a", Codec.PLAIN)):
+    for data, codec in (
+        (bytes(ARCHIVE_BLOCK), Codec.ZSTD),
+        (some("noise", ARCHIVE_BLOCK), Codec.PLAIN),
+        (b"a", Codec.PLAIN),
+    ):
         found, stored = sealer.seal_block(ATTEMPT, 0, memoryview(data), 3)
         assert found is codec
         assert len(stored) == len(data) + extra if codec is Codec.PLAIN else len(stored) < 100

@@ -18,9 +18,10 @@ from blockferry.common.units import human_bytes
 
 
 async def _create(arguments: argparse.Namespace, console: Console) -> int:
-    async with opened_volume(arguments.source, arguments) as source, await open_store(
-        arguments.store, arguments.access
-    ) as store:
+    async with (
+        opened_volume(arguments.source, arguments) as source,
+        await open_store(arguments.store, arguments.access) as store,
+    ):
         if store.notice:
             console.warning(store.notice)
         if arguments.plan:
@@ -74,8 +75,7 @@ def _plan_lines(report: Mapping[str, object]) -> list[str]:
     return [
         f"{report['source']} -> {report['store']}#{report['volume']}",
         f"  made from  {base}",
-        f"  to read    {human_bytes(moved['source_read'])} in {blocks['allocated']} blocks, "
-        f"map {report['source_map']}",
+        f"  to read    {human_bytes(moved['source_read'])} in {blocks['allocated']} blocks, map {report['source_map']}",
         f"  to store   between nothing and {human_bytes(moved['data_max'])} before compression, "
         f"and at most about {human_bytes(moved['metadata'])} of metadata",
         f"  requests   {requests['put_min']} to {requests['put_max']} PUT, {requests['get']} GET, "

@@ -192,7 +192,9 @@ def _add_archive(commands: argparse._SubParsersAction[_Parser], add: Adder) -> N
     )
     store = "s3://BUCKET/PREFIX, gs://…, az://… or file:///DIRECTORY"
     created = add(archive, "create", "archive a volume as the next snapshot; only what changed is uploaded")
-    created.add_argument("source", metavar="SOURCE", help="raw image, block device, NBD export, or a replica's generation")
+    created.add_argument(
+        "source", metavar="SOURCE", help="raw image, block device, NBD export, or a replica's generation"
+    )
     created.add_argument("store", metavar="STORE", help=store)
     created.add_argument(
         "--volume", required=True, type=argument(check_volume_name), metavar="NAME", help="its name in the archive"
@@ -225,7 +227,9 @@ def _add_archive(commands: argparse._SubParsersAction[_Parser], add: Adder) -> N
         help="where restores that are under way are noted (default $XDG_STATE_HOME/blockferry, else "
         "~/.local/state/blockferry)",
     )  # fmt: skip
-    verified = add(archive, "verify", "check an archive, one of its volumes or a snapshot; exit status 3 if it is damaged")
+    verified = add(
+        archive, "verify", "check an archive, one of its volumes or a snapshot; exit status 3 if it is damaged"
+    )
     verified.add_argument("archive", metavar="STORE[#NAME[@NUMBER]]")
     how = verified.add_mutually_exclusive_group()
     how.add_argument("--metadata", action="store_true", help="read no data: only whether all of it is there")
