@@ -65,6 +65,8 @@ soak: $(READY) ## thousands of kills at random instants, and a hundred thousand 
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/fault/test_fuzz.py
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_SOAK_KILLS=$(or $(KILLS),2000) deploy/isolate \
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/soak
+	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_ARCHIVE_BLOCKS=65536 deploy/isolate \
+		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" -k 16_tib tests/integration/test_archive_create.py
 
 .PHONY: system
 system: $(READY) ## two hosts in network namespaces of their own, and a real S3 (root)

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import allocation, commits, datapath, floor, nbd
+from bench import allocation, archive, commits, datapath, floor, nbd
 
 ENTRIES = {
     allocation.NAME: allocation.measure,
@@ -23,6 +23,7 @@ ENTRIES = {
     datapath.TLS_NAME: datapath.measure_tls,
     commits.NAME: commits.measure,
     floor.NAME: floor.measure,
+    archive.NAME: archive.measure,
 }
 RESULTS = Path(__file__).resolve().parent / "results"
 

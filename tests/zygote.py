@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = Path(sys.executable).parent
-NAMES = ("blockferry", "blockferry-server")
+NAMES = ("blockferry", "blockferry-server", "archive-life")
+"""The last is no program of an installation: tests/fault/archive_life.py."""
 
 _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 _MOST_BYTES = 1 << 20
@@ -88,6 +89,7 @@ def _main_of(name: str) -> Callable[[], int]:
     """Import one program and nothing of the other: what is imported first may matter."""
     if name == "blockferry":
         from blockferry.client.cli import (  # noqa: F401 main's own choice
+            archive,
             archive_read,
             config,
             handover,
@@ -99,6 +101,10 @@ def _main_of(name: str) -> Callable[[], int]:
         from blockferry.common.archive import directory, reader  # noqa: F401
 
         return main.main
+    if name == "archive-life":
+        from tests.fault import archive_life
+
+        return archive_life.main
     from blockferry.server import main as server
 
     return server.main

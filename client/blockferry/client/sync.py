@@ -11,6 +11,7 @@ from blockferry.client.forecast import Forecast, ask_forecast
 from blockferry.client.plan import Plan, decide
 from blockferry.client.replica import ChangeStream, ReplicaSession
 from blockferry.client.report import Progress, Stopwatch, Tally, sync_report
+from blockferry.client.sources import refuse_in_use, refuse_resized
 from blockferry.client.transfer import BYTES_IN_FLIGHT, Transfer
 from blockferry.common.address import Address
 from blockferry.common.config import Tls
@@ -80,7 +81,7 @@ async def sync(source: Volume, destination: Address, options: SyncOptions, progr
     """
     watch = Stopwatch()
     tally = Tally()
-    await _refuse_source_in_use(source, options)
+    await refuse_in_use(source, live=options.live)
     connection = Connection(destination.require_volume(), insecure=options.insecure, tls=options.tls)
     try:
         session = await ReplicaSession.open(
@@ -109,7 +110,7 @@ async def sync(source: Volume, destination: Address, options: SyncOptions, progr
                 phase.note = stream.stalled
                 await Transfer(source, session, stream, decided, options.bytes_in_flight // 2, phase, tally).run()
             crash_point("client-transferred")
-            await _refuse_resized_source(source)
+            await refuse_resized(source)
             watch.lap("transfer")
 
             progress.start("commit")
@@ -127,31 +128,3 @@ async def sync(source: Volume, destination: Address, options: SyncOptions, progr
         return sync_report(source.uri, destination.uri, decided, tally, watch, committed, connection, warning)
     finally:
         await connection.close()
-
-
-async def _refuse_source_in_use(source: Volume, options: SyncOptions) -> None:
-    if options.live:
-        return
-    writers = await source.writers()
-    if writers:
-        raise BlockferryError(
-            Code.IN_USE,
-            f"{source.uri} is in use",
-            cause=f"it is open for writing or mounted: {', '.join(writers)}",
-            next="sync from a snapshot, stop what uses it, or say --live to take an inconsistent copy",
-            volume=source.uri,
-        )
-
-
-async def _refuse_resized_source(source: Volume) -> None:
-    size = await source.current_size()
-    if size != source.size:
-        raise BlockferryError(
-            Code.SOURCE_CHANGED,
-            f"{source.uri} changed its size while it was read",
-            cause=f"it had {source.size} bytes and now has {size}",
-            next="stop whatever changes it, or sync from a snapshot",
-            volume=source.uri,
-            expected=str(source.size),
-            found=str(size),
-        )

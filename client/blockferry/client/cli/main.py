@@ -19,6 +19,7 @@ import uvloop
 from blockferry.client.cli.render import Console
 from blockferry.common import linux, retention
 from blockferry.common.address import check_volume_name
+from blockferry.common.archive.format import is_compression
 from blockferry.common.archive.store import Access
 from blockferry.common.arguments import argument
 from blockferry.common.config import TLS_ENVIRONMENT as ENVIRONMENT
@@ -39,6 +40,12 @@ def _parse_rate(text: str) -> int:
     if rate < 1:
         raise BlockferryError(Code.USAGE, "a bandwidth limit is at least 1 byte per second")
     return rate
+
+
+def _parse_compression(text: str) -> str:
+    if not is_compression(text):
+        raise BlockferryError(Code.USAGE, f"{text!r} is no compression", next="write none, or zstd:1 to zstd:19")
+    return text
 
 
 class _Parser(argparse.ArgumentParser):
@@ -184,6 +191,24 @@ def _add_archive(commands: argparse._SubParsersAction[_Parser], add: Adder) -> N
         dest="subcommand", required=True, metavar="COMMAND"
     )
     store = "s3://BUCKET/PREFIX, gs://…, az://… or file:///DIRECTORY"
+    created = add(archive, "create", "archive a volume as the next snapshot; only what changed is uploaded")
+    created.add_argument(
+        "source", metavar="SOURCE", help="raw image, block device, NBD export, or a replica's generation"
+    )
+    created.add_argument("store", metavar="STORE", help=store)
+    created.add_argument(
+        "--volume", required=True, type=argument(check_volume_name), metavar="NAME", help="its name in the archive"
+    )
+    created.add_argument("--plan", action="store_true", help="say what it would cost, and do nothing")
+    created.add_argument(
+        "--compression", type=argument(_parse_compression), metavar="zstd:N|none",
+        help="of new blocks, N from 1 to 19 (default: what the archive was created with; zstd:3 for a new one)",
+    )  # fmt: skip
+    created.add_argument("--live", action="store_true", help="accept a source that is mounted or open for writing")
+    created.add_argument(
+        "--state-dir", type=Path, metavar="DIR",
+        help="where metadata is staged (default $XDG_STATE_HOME/blockferry, else ~/.local/state/blockferry)",
+    )  # fmt: skip
     add(archive, "list", "list the volumes of an archive and their snapshots").add_argument(
         "store", metavar="STORE", help=store
     )
@@ -286,6 +311,10 @@ def _find(arguments: argparse.Namespace) -> Command:
 
         return pki.COMMANDS[name]
     if arguments.command == "archive":
+        if arguments.subcommand == "create":
+            from blockferry.client.cli import archive
+
+            return archive.COMMANDS[name]
         from blockferry.client.cli import archive_read
 
         return archive_read.COMMANDS[name]

@@ -178,6 +178,8 @@ class Trailer:
     digests: list[bytes] = field(default_factory=list)
     holes: list[Run] = field(default_factory=list)
     kept: list[Kept] = field(default_factory=list)
+    first: int = 0
+    """number of the run's first chunk; all from there to the last are needed"""
 
     def entries(self, attempt: bytes, chunk: int) -> list[tuple[int, Entry]]:
         """The blocks in the chunk and where each is."""
@@ -195,7 +197,7 @@ class Trailer:
         return sum(self.lengths)
 
 
-_TRAILER = struct.Struct("<BBHIQ16sQQIII")
+_TRAILER = struct.Struct("<BBHIQ16sQQIIII")
 _LAST = 1
 
 
@@ -206,7 +208,7 @@ def encode_trailer(trailer: Trailer) -> bytes:
         [
             _TRAILER.pack(
                 _LAST if trailer.last else 0, 0, 0, trailer.run, trailer.base, trailer.base_attempt, trailer.size,
-                trailer.created, count, len(trailer.holes), len(trailer.kept),
+                trailer.created, trailer.first, count, len(trailer.holes), len(trailer.kept),
             ),
             _gaps(trailer.keys),
             struct.pack(f"<{count}I", *trailer.lengths),
@@ -221,7 +223,7 @@ def encode_trailer(trailer: Trailer) -> bytes:
 def decode_trailer(body: Data, name: str) -> Trailer:
     """Raise CORRUPT_STATE unless `body` is what `encode_trailer` makes of some trailer."""
     columns = _Columns(body, name)
-    flags, zero, zero2, run, base, base_attempt, size, created, count, holes, kept = columns.record(_TRAILER)
+    flags, zero, zero2, run, base, base_attempt, size, created, first, count, holes, kept = columns.record(_TRAILER)
     if flags & ~_LAST or zero or zero2 or count > MAX_CHUNK_BLOCKS or bool(base) != (base_attempt != NOBODY):
         raise damaged(name, "no trailer has these values")
     keys = columns.keys(count)
@@ -237,7 +239,7 @@ def decode_trailer(body: Data, name: str) -> Trailer:
     columns.check_runs([one[:2] for one in kept_runs])
     return Trailer(
         run, base, base_attempt, size, created, bool(flags & _LAST), list(keys), list(lengths), list(codecs), digests,
-        hole_runs, kept_runs,
+        hole_runs, kept_runs, first,
     )  # fmt: skip
 
 

@@ -217,7 +217,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """A small JSON object: fields in the order of the class, no white space, UTF-8. Unknown fields are refused."""
 
 
-class Archive(Record, frozen=True):
+class Archive(Record, frozen=True, kw_only=True):
     """archive.json: what holds for all that is in the archive. Created once and never rewritten."""
 
     format: Literal["blockferry-archive"] = "blockferry-archive"
@@ -233,7 +233,7 @@ class Archive(Record, frozen=True):
     created: str
 
 
-class Key(Record, frozen=True):
+class Key(Record, frozen=True, kw_only=True):
     """keys/ID: the archive's key, wrapped. `n`, `r`, `p` are those of scrypt, and 0 for a key file."""
 
     version: int = VERSION
@@ -248,7 +248,7 @@ class Key(Record, frozen=True):
     wrapped: str
 
 
-class Name(Record, frozen=True):
+class Name(Record, frozen=True, kw_only=True):
     """names/NAME"""
 
     name: str
@@ -256,7 +256,7 @@ class Name(Record, frozen=True):
     created: str
 
 
-class NodeAt(Record, frozen=True):
+class NodeAt(Record, frozen=True, kw_only=True):
     """The root of a tree: where its frame is, its level (0: a leaf), and the blocks in the tree."""
 
     attempt: Id
@@ -267,7 +267,7 @@ class NodeAt(Record, frozen=True):
     blocks: int
 
 
-class Superblock(Record, frozen=True):
+class Superblock(Record, frozen=True, kw_only=True):
     """The record that makes a snapshot exist. Sizes in bytes; numbers are those of the log."""
 
     number: int
@@ -292,7 +292,7 @@ class Superblock(Record, frozen=True):
     """bytes of blocks that this attempt has stored"""
 
 
-class Doomed(Record, frozen=True):
+class Doomed(Record, frozen=True, kw_only=True):
     """Consecutive chunks of one attempt."""
 
     kind: Literal["data", "meta"]
@@ -301,7 +301,7 @@ class Doomed(Record, frozen=True):
     count: int
 
 
-class Deletion(Record, frozen=True):
+class Deletion(Record, frozen=True, kw_only=True):
     """A deletion mark: these snapshots are gone, and these chunks will be after the grace period."""
 
     number: int
@@ -313,7 +313,7 @@ class Deletion(Record, frozen=True):
     created: str
 
 
-class Attempt(Record, frozen=True):
+class Attempt(Record, frozen=True, kw_only=True):
     """attempts/ID: an archiver at work. Rewritten with one more renewal while it is."""
 
     attempt: Id
@@ -325,7 +325,7 @@ class Attempt(Record, frozen=True):
     seen: int
 
 
-class Pin(Record, frozen=True):
+class Pin(Record, frozen=True, kw_only=True):
     """pins/ID: a reader at work."""
 
     pin: Id

@@ -70,9 +70,7 @@ def _unpack(data: Data, length: int) -> bytes:
 def parse_level(compression: str) -> int:
     """The zstd level of `zstd:N`; 0 for `none`. Raises USAGE."""
     if not format.is_compression(compression):
-        raise BlockferryError(
-            Code.USAGE, f"{compression!r} is no compression", next="write none, or zstd:1 to zstd:19"
-        )
+        raise BlockferryError(Code.USAGE, f"{compression!r} is no compression", next="write none, or zstd:1 to zstd:19")
     return 0 if compression == "none" else int(compression.partition(":")[2])
 
 
@@ -164,7 +162,9 @@ class Sealer:
         try:
             return self._cipher(attempt).decrypt(bytes(view[:NONCE_SIZE]), view[NONCE_SIZE:], aad)
         except InvalidTag as error:
-            raise ValueError("its tag does not match: it was changed, is in another's place, or the key is wrong") from error
+            raise ValueError(
+                "its tag does not match: it was changed, is in another's place, or the key is wrong"
+            ) from error
 
     # --- frames ---------------------------------------------------------------------------------------------------
 
@@ -182,7 +182,9 @@ class Sealer:
         aad = format.context(header, self.volume, number, offset)
         return b"".join([header.encode(), nonce, self._cipher(attempt).encrypt(nonce, content, aad)])
 
-    def open_frame(self, kind: Kind, frame: Data, name: str, *, number: int = 0, offset: int = 0) -> tuple[bytes, bytes]:
+    def open_frame(
+        self, kind: Kind, frame: Data, name: str, *, number: int = 0, offset: int = 0
+    ) -> tuple[bytes, bytes]:
         """(attempt, body) of a frame that is all of `frame`; `name` is the object's, for people. Raises CORRUPT_STATE
         unless it is of this kind and belongs there, UNSUPPORTED for one of a later version."""
         header = Header.decode(frame, name)

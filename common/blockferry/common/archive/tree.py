@@ -82,6 +82,7 @@ async def nodes(root: Root | None, load: Load) -> AsyncIterator[tuple[NodeRef, N
 
 # --- making ---------------------------------------------------------------------------------------------------------
 
+
 class _Changes:
     """Edits in order, one of which can be looked at before it is taken."""
 
