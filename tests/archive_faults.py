@@ -8,7 +8,16 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from blockferry.common.archive.store import Entry, ObjectStore, Transient, check_key, check_prefix, exists, missing, too_short
+from blockferry.common.archive.store import (
+    Entry,
+    ObjectStore,
+    Transient,
+    check_key,
+    check_prefix,
+    exists,
+    missing,
+    too_short,
+)
 from blockferry.common.digests import Data
 from blockferry.common.errors import BlockferryError, Code
 

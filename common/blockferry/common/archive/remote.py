@@ -266,7 +266,7 @@ class RemoteStore(ObjectStore):
             )  # fmt: skip
         if code in _ELSEWHERE or status in (301, 307) or "Received redirect without LOCATION" in text:
             return BlockferryError(
-                Code.INVALID_ARGUMENT, what, cause=f"the bucket is in another region or at another endpoint",
+                Code.INVALID_ARGUMENT, what, cause="the bucket is in another region or at another endpoint",
                 next="give its region (AWS_REGION) or endpoint (AWS_ENDPOINT_URL)",
             )  # fmt: skip
         if kind == "PermissionDeniedError" or status == 403:
