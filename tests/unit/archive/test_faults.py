@@ -108,9 +108,11 @@ async def test_no_more_uploads_at_a_time_than_are_allowed(site: Site) -> None:
             nonlocal running, most
             running += 1
             most = max(most, running)
-            await asyncio.sleep(0.002)
-            await super().put_new(key, parts)  # type: ignore[arg-type]
-            running -= 1
+            try:
+                await asyncio.sleep(0.002)
+                await super().put_new(key, parts)  # type: ignore[arg-type]
+            finally:
+                running -= 1
 
     await site.on(Counting(site.store)).archive(volume(content(*range(30))), uploads=2)
     assert most == 2

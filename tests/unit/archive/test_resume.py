@@ -167,7 +167,7 @@ async def test_staging_that_was_damaged_is_not_believed(site: Site, name: str, h
     await site.archive(volume(DATA, "one"))
     assert await site.read() == DATA
     snapshots = await site.snapshots()
-    assert await site.entries(snapshots[-1].number) == await site.rebuilt(snapshots[-1])
+    assert await site.entries(snapshots[-1].number) == await site.rebuilt(snapshots[-1].attempt)
 
 
 async def test_a_commit_that_was_noted_and_whose_record_is_gone_is_made_anew(site: Site) -> None:
