@@ -164,7 +164,7 @@ class Site:
             )  # fmt: skip
             whole = range(0, len(data), ARCHIVE_BLOCK)
             assert list(entries) == [at // ARCHIVE_BLOCK for at in whole if any(data[at : at + ARCHIVE_BLOCK])]
-        left = [key for key in await self.store.list("") if "/attempts/" in key or key.startswith("probe/")]
+        left = [key for key in await self.store.list("") if "/attempts/" in key]
         assert left == []
 
     async def stored_twice(self) -> list[tuple[int, bytes]]:
