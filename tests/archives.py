@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from blockferry.common.archive import format, keys, tree
-from blockferry.common.archive.columns import Entry, Node, NodeRef, Trailer, encode_node, encode_trailer
+from blockferry.common.archive.columns import Entry, Move, Node, NodeRef, Trailer, encode_node, encode_trailer
 from blockferry.common.archive.format import ARCHIVE_BLOCK, Deletion, Kind, NodeAt, Superblock
 from blockferry.common.archive.keys import Secret
 from blockferry.common.archive.seal import Sealer
@@ -135,7 +135,9 @@ class Maker:
         self, attempt: bytes, size: int, filled: Sequence[tuple[int, bytes]]
     ) -> tuple[dict[int, Entry], int]:
         entries: dict[int, Entry] = {}
-        groups = [filled[start : start + self.chunk_blocks] for start in range(0, max(len(filled), 1), self.chunk_blocks)]
+        groups = [
+            filled[start : start + self.chunk_blocks] for start in range(0, max(len(filled), 1), self.chunk_blocks)
+        ]
         for number, group in enumerate(groups):
             trailer = Trailer(0, 0, format.NOBODY, size, 0, last=number == len(groups) - 1)
             parts = []
@@ -147,9 +149,7 @@ class Maker:
                 trailer.codecs.append(codec)
                 trailer.digests.append(self.sealer.digest(data))
             offset = trailer.data_length
-            frame = self.sealer.seal_frame(
-                Kind.TRAILER, attempt, encode_trailer(trailer), number=number, offset=offset
-            )
+            frame = self.sealer.seal_frame(Kind.TRAILER, attempt, encode_trailer(trailer), number=number, offset=offset)
             parts += [frame, format.FOOTER.pack(len(frame), format.MAGIC)]
             await self.store.put_new(format.data_name(self.volume, attempt, number), parts)
             entries.update(trailer.entries(attempt, number))
@@ -183,10 +183,14 @@ class Maker:
         return root, len(used)
 
 
+def moved(old: Entry, new: Entry) -> Move:
+    """That a block went from one place to another."""
+    return Move(old.attempt, old.chunk, old.offset, new.attempt, new.chunk, new.offset, new.length, new.codec)
+
+
 def noise(tag: int, length: int = ARCHIVE_BLOCK) -> bytes:
     """Bytes that differ by their tag and compress, with holes of zeros in them."""
     one = random.Random(tag)
     parts = [one.randbytes(4096) if one.random() < 0.3 else bytes([one.randrange(1, 256)]) * 4096 for _ in range(4)]
     parts[one.randrange(1, 4)] = bytes(4096)
     return (b"".join(parts) * (length // 16384 + 1))[:length]
-

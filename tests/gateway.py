@@ -1,7 +1,9 @@
-"""A real S3 on loopback: a Ceph object gateway with one monitor and one storage daemon, which keeps everything in memory.
+"""A real S3 on loopback: a Ceph object gateway, one monitor and one storage daemon, which keeps everything in memory.
 
-Needs root and Debian's packages of the group `gateway` in deploy/packages. All three run in the foreground, as children,
-and are ended by their process ids. About twelve seconds until it answers.
+Needs root and Debian's packages of the group `gateway` in deploy/packages. All three run in the foreground, as
+children, and are ended by their process ids. About twelve seconds until it answers.
+
+    python -m tests.gateway BUCKET      runs one until it is interrupted, and prints how to reach it
 """
 
 from __future__ import annotations
@@ -11,8 +13,11 @@ import hashlib
 import hmac
 import http.client
 import shutil
+import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 import uuid
 from dataclasses import dataclass
@@ -192,7 +197,9 @@ class Gateway:
     def _daemon(self, program: str, *arguments: str) -> None:
         with (self.root / f"{program}.out").open("ab") as out:
             words = [*self._words(program, *arguments), "-f"]
-            self._daemons.append(subprocess.Popen(words, stdout=out, stderr=out, stdin=subprocess.DEVNULL))
+            self._daemons.append(
+                subprocess.Popen(words, stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True)
+            )
 
     def _wait(self) -> None:
         end = time.monotonic() + START_SECONDS
@@ -206,3 +213,24 @@ class Gateway:
                 time.sleep(0.2)
             else:
                 return
+
+
+def main(bucket: str) -> None:
+    """Run one with a bucket until SIGINT or SIGTERM."""
+    with tempfile.TemporaryDirectory(prefix="rgw-") as root:
+        gateway = Gateway(Path(root)).start()
+        try:
+            user = gateway.user("operator")
+            gateway.bucket(user, bucket)
+            for name, value in gateway.environment(user).items():
+                print(f"export {name}={value}")
+            print(f"# the store is s3://{bucket}/PREFIX; what is in it is lost at the end", flush=True)
+            # Not before: a mask is inherited, and the daemons are to be ended by a signal.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        finally:
+            gateway.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -104,7 +104,10 @@ class S3:
             return False
         length = len(found.body)
         lines = [f"HTTP/1.1 {found.status} Told", f"Content-Length: {length}", 'ETag: "imitated"']
-        lines += ["Last-Modified: Wed, 01 Jan 2025 00:00:00 GMT", *(f"{name}: {value}" for name, value in found.headers)]
+        lines += [
+            "Last-Modified: Wed, 01 Jan 2025 00:00:00 GMT",
+            *(f"{name}: {value}" for name, value in found.headers),
+        ]
         writer.write("\r\n".join([*lines, "", ""]).encode())
         if method != "HEAD":
             writer.write(found.body[: found.cut_after])

@@ -234,13 +234,13 @@ class Archive:
             data = self.read(f"{volume.hex()}/log/{name}")
             yield number, *self.frame(data, (SUPERBLOCK, DELETION, REMAP), volume, number)
 
-    def snapshot(self, volume: bytes, wanted: int) -> tuple[dict[str, Any], list[tuple[int, bytes]]]:
-        """A superblock, the newest one for 0, and the remap records (number, body)."""
+    def snapshot(self, volume: bytes, wanted: int) -> tuple[dict[str, Any], list[bytes]]:
+        """A superblock, the newest one for 0, and the bodies of the remap records."""
         found: dict[int, dict[str, Any]] = {}
         remaps = []
         for number, kind, attempt, body in self.records(volume):
             if kind == REMAP:
-                remaps.append((number, body))
+                remaps.append(body)
                 continue
             one = record(body, "superblock" if kind == SUPERBLOCK else "deletion")
             require(one["number"] == number and one["volume"] == volume.hex(), "log: of another number or volume")
@@ -253,8 +253,7 @@ class Archive:
             require(one["size"] >= 1 and one["block_size"] == BLOCK, "superblock: size")
             found[number] = one
         require(found and (not wanted or wanted in found), "there is no such snapshot")
-        number = wanted or max(found)
-        return found[number], remaps
+        return found[wanted or max(found)], remaps
 
     # --- trees ----------------------------------------------------------------------------------------------------
 
@@ -294,7 +293,7 @@ class Archive:
         require(max(indexes) < known, "node: an attempt that is not there")
         require(all(lengths), "node: a length of 0")
         require(all(at + size <= CHUNK for at, size in zip(offsets, lengths, strict=True)), "node: outside of a chunk")
-        places = [(attempts[index], *rest) for index, *rest in zip(indexes, chunks, offsets, lengths, strict=True)]
+        places = [(attempts[which], *rest) for which, *rest in zip(indexes, chunks, offsets, lengths, strict=True)]
         if level == 0:
             codecs = columns.take(f"{count}B")
             digests = columns.fixed(32, count)
@@ -302,7 +301,7 @@ class Archive:
             require(set(codecs) <= {0, 1}, "node: codec")
             require(count == blocks, "node: number of blocks")
             for key, at, codec, digest in zip(keys, places, codecs, digests, strict=True):
-                yield key, Cpba(*at, codec, digest)
+                yield key, Cpba(at[0], at[1], at[2], at[3], codec, digest)
             return
         below = columns.take(f"{count}Q")
         columns.end()
@@ -315,7 +314,7 @@ class Archive:
     def moved(self, entry: Cpba, moves: dict[tuple[bytes, int, int], tuple[Any, ...]]) -> Cpba:
         """Where a block is after one remap record."""
         found = moves.get((entry.attempt, entry.chunk, entry.offset))
-        return entry if found is None else Cpba(*found, entry.digest)
+        return entry if found is None else Cpba(found[0], found[1], found[2], found[3], found[4], entry.digest)
 
     def moves(self, body: bytes) -> dict[tuple[bytes, int, int], tuple[Any, ...]]:
         """A remap record."""
@@ -356,7 +355,7 @@ def restore(root: Path, name: str, output: Path, secret: tuple[str, bytes] | Non
     name, _, number = name.partition("@")
     volume = archive.volume(name)
     superblock, remaps = archive.snapshot(volume, int(number or 0))
-    moves = [archive.moves(body) for _, body in remaps]
+    moves = [archive.moves(body) for body in remaps]
     with output.open("wb") as file:
         file.truncate(superblock["size"])
         for block, entry in archive.blocks(volume, superblock):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import struct
 import subprocess
@@ -18,14 +19,14 @@ from typing import Any
 import pytest
 from blake3 import blake3
 from blockferry.common.archive import format, tree
-from blockferry.common.archive.columns import Move, encode_node, encode_remap
+from blockferry.common.archive.columns import encode_node, encode_remap
 from blockferry.common.archive.format import ARCHIVE_BLOCK, Kind
 from blockferry.common.archive.keys import Secret
 from blockferry.common.archive.reader import SnapshotVolume
 from blockferry.common.archive.store import Access, open_store
 from blockferry.common.errors import BlockferryError
 
-from tests.archives import Made, Maker, noise
+from tests.archives import Made, Maker, moved, noise
 from tests.integration import archive_minimal_reader as minimal
 
 A = ARCHIVE_BLOCK
@@ -39,13 +40,13 @@ def test_it_imports_nothing_of_ours() -> None:
 
 async def made(root: Path, secret: Secret | None = None, **how: Any) -> Maker:
     """A chain of three snapshots in trees that are deep."""
-    root.mkdir()
+    os.mkdir(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tree, "MAX_ENTRIES", 4)
         maker = await Maker(await open_store(f"file://{root}"), secret=secret, **how).create()
-        one = await maker.snapshot(SIZE, {block: noise(block) for block in range(0, 20, 1)})
+        one = await maker.snapshot(SIZE, {block: noise(block) for block in range(20)})
         two = await maker.snapshot(SIZE, {3: None, 5: noise(55), 20: b"\7" * 100}, base=one)
-        await maker.snapshot(SIZE, {block: None for block in range(4, 12)}, base=two)
+        await maker.snapshot(SIZE, dict.fromkeys(range(4, 12)), base=two)
     return maker
 
 
@@ -84,7 +85,7 @@ async def test_deleted_snapshots_and_moved_blocks(tmp_path: Path) -> None:
     one = maker.snapshots[0]
     anew = await maker.snapshot(SIZE, {block: noise(block) for block in range(20)})
     moves = sorted(
-        Move(*one.entries[block][:3], *anew.entries[block][:4], anew.entries[block].codec) for block in range(4)
+        moved(one.entries[block], anew.entries[block]) for block in range(4)
     )
     maker.number += 1
     await maker.log(Kind.REMAP, encode_remap(moves), anew.attempt)
@@ -102,7 +103,7 @@ async def test_deleted_snapshots_and_moved_blocks(tmp_path: Path) -> None:
 
 
 class Forger:
-    """Changes one thing of an archive and makes tags anew, as somebody could who has the key, or where there is none."""
+    """Changes one thing of an archive and makes tags anew, as anybody can where there is no key."""
 
     def __init__(self, root: Path, maker: Maker) -> None:
         self.root = root
@@ -171,7 +172,14 @@ class Forger:
         attempt = self.last.attempt
         frame = self.maker.sealer.seal_frame(Kind.NODE, attempt, bytes(body), number=77)
         self.path(format.meta_name(self.maker.volume, attempt, 77)).write_bytes(frame)
-        root = {"attempt": attempt.hex(), "chunk": 77, "offset": 0, "length": len(frame), "level": level, "blocks": blocks}
+        root = {
+            "attempt": attempt.hex(),
+            "chunk": 77,
+            "offset": 0,
+            "length": len(frame),
+            "level": level,
+            "blocks": blocks,
+        }
         self.record(self.log, root=root)
 
 
@@ -188,7 +196,7 @@ def put(at: int, layout: str, *values: int) -> Callable[[bytearray], bytearray]:
 def column(body: bytearray, index: int) -> int:
     """Where a column of a node begins: 0 keys, 1 attempts' indexes, 2 chunks, 3 offsets, 4 lengths, 5 codecs or
     blocks, 6 digests."""
-    count, known = struct.unpack_from("<HH", body, 2)
+    count, known = (int(one) for one in struct.unpack_from("<HH", body, 2))
     return 8 + 16 * known + sum(count * size for size in (8, 2, 4, 4, 4, 1, 32)[:index])
 
 
@@ -350,5 +358,3 @@ async def test_encrypted_objects_that_were_changed_are_refused(tmp_path: Path) -
         path.write_bytes(whole)
     minimal.restore(tmp_path / "store", "vm", tmp_path / "out", ("key file", secret.value))
     assert (tmp_path / "out").read_bytes() == last.content
-
-

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +49,7 @@ class Archive:
 
 
 async def _make(root: Path, secret: Secret | None = None) -> Archive:
-    root.mkdir()
+    os.mkdir(root)
     async with await open_store(f"file://{root}") as store:
         maker = await Maker(store, secret=secret, chunk_blocks=3).create()
         one = await maker.snapshot(SIZE, {block: noise(block) for block in (0, 1, 2, 3, 7, 8)})
@@ -160,7 +159,10 @@ def test_a_loop_device(archive: Archive, tmp_path: Path) -> None:
     try:
         with loop_device(image) as device:
             refused_json(
-                run_cli("archive", "restore", archive.snapshot(), device, "--json"), "wrong-state", device, "--overwrite"
+                run_cli("archive", "restore", archive.snapshot(), device, "--json"),
+                "wrong-state",
+                device,
+                "--overwrite",
             )
             report = restored(archive, device, "--overwrite", "--yes")
     except Unavailable as error:
@@ -239,9 +241,7 @@ def test_nobody_is_there_to_confirm(archive: Archive, tmp_path: Path) -> None:
 
 def killed_at(point: str, *words: object) -> None:
     environment = {**zygote.environment(), "BLOCKFERRY_CRASH_POINT": point}
-    process = zygote.popen(
-        command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    process = zygote.popen(command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert finish(process).status == -signal.SIGKILL
 
 
@@ -316,7 +316,7 @@ def test_an_interrupt_leaves_no_pin(archive: Archive, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def damaged(tmp_path: Path) -> Iterator[tuple[Archive, Path, int]]:
+def damaged(tmp_path: Path) -> tuple[Archive, Path, int]:
     """An archive with a bit flipped in one chunk, the chunk, and the damaged block."""
     archive = asyncio.run(_make(tmp_path / "store"))
     entry = archive.two.entries[7]
@@ -326,7 +326,7 @@ def damaged(tmp_path: Path) -> Iterator[tuple[Archive, Path, int]]:
         byte = file.read(1)[0]
         file.seek(entry.offset + 20)
         file.write(bytes([byte ^ 8]))
-    yield archive, chunk, 7
+    return archive, chunk, 7
 
 
 def test_damage_is_named_and_can_be_stepped_over(damaged: tuple[Archive, Path, int], tmp_path: Path) -> None:
@@ -370,7 +370,10 @@ def test_a_damaged_record_hides_no_other_volume(tmp_path: Path) -> None:
     (archive.root / "names" / "other").write_bytes((archive.root / "names" / "vm").read_bytes())
     done = run_cli("archive", "list", archive.uri, "--json", "--quiet")
     assert done.status == 1
-    assert [(one["volume"], one["problem"] is None) for one in done.report["volumes"]] == [("other", False), ("vm", True)]
+    assert [(one["volume"], one["problem"] is None) for one in done.report["volumes"]] == [
+        ("other", False),
+        ("vm", True),
+    ]
 
 
 def test_an_encrypted_archive_needs_its_key(sealed: tuple[Archive, Path], tmp_path: Path) -> None:

@@ -158,7 +158,12 @@ async def test_links_lead_out_of_a_directory_and_are_not_followed(tmp_path: Path
     (outside / "x").write_bytes(b"precious")
     (root / "data").symlink_to(outside)
     store = await DirectoryStore.open(root)
-    for request in (store.put("data/x", b"y"), store.put_new("data/y", [b"y"]), store.get("data/x"), store.delete("data/x")):
+    for request in (
+        store.put("data/x", b"y"),
+        store.put_new("data/y", [b"y"]),
+        store.get("data/x"),
+        store.delete("data/x"),
+    ):
         with pytest.raises(BlockferryError) as told:
             await request
         assert told.value.code is Code.UNSUPPORTED
@@ -190,9 +195,7 @@ asyncio.run(write())
 @pytest.mark.parametrize(("point", "there"), [("object-before-link", False), ("object-before-flush", True)])
 async def test_a_writer_that_dies_leaves_a_whole_object_or_none(tmp_path: Path, point: str, there: bool) -> None:
     environment = {**os.environ, "BLOCKFERRY_CRASH_POINT": point}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", _WRITE, f"file://{tmp_path}", env=environment
-    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", _WRITE, f"file://{tmp_path}", env=environment)
     assert await process.wait() == -signal.SIGKILL
     store = await DirectoryStore.open(tmp_path)
     assert list(await store.list("")) == (["log/1"] if there else [])

@@ -14,6 +14,7 @@ import pytest
 from blockferry.common.archive.format import ARCHIVE_BLOCK
 from blockferry.common.archive.keys import Secret
 from blockferry.common.archive.store import open_store
+from blockferry.common.errors import BlockferryError, Code
 
 from tests import gateway as ceph
 from tests.archives import Maker, noise
@@ -145,12 +146,14 @@ async def test_a_store_that_is_full(site: Site, monkeypatch: pytest.MonkeyPatch)
     site.gateway.quota(user, 4 * MIB)
     for name, value in site.gateway.environment(user).items():
         monkeypatch.setenv(name, value)
-    from blockferry.common.errors import BlockferryError, Code
-
     async with await open_store("s3://small/a") as store:
-        with pytest.raises(BlockferryError) as told_full:
+
+        async def fill() -> None:
             for number in range(20):
                 await store.put_new(f"data/{number}", [secrets.token_bytes(MIB)])
+
+        with pytest.raises(BlockferryError) as told_full:
+            await fill()
         assert told_full.value.code is Code.OUT_OF_SPACE
         # What is there can still be read and removed.
         assert len(await store.get("data/0")) == MIB

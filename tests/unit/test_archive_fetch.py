@@ -13,7 +13,9 @@ K = 1024
 
 def shape(*places: tuple[bytes, int, int, int]) -> list[tuple[bytes, int, int, int, list[int]]]:
     items = [(number, NodeRef(*place)) for number, place in enumerate(places)]
-    return [(one.attempt, one.chunk, one.offset, one.length, [number for number, _ in one.items]) for one in ranges(items)]
+    return [
+        (one.attempt, one.chunk, one.offset, one.length, [number for number, _ in one.items]) for one in ranges(items)
+    ]
 
 
 def test_what_is_side_by_side_is_one_range() -> None:

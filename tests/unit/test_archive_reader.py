@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
-from blockferry.common.archive import format, pins, reader, walk
+from blockferry.common.archive import format, pins, reader, tree, walk
 from blockferry.common.archive.catalog import Catalog
+from blockferry.common.archive.columns import encode_remap
 from blockferry.common.archive.format import ARCHIVE_BLOCK, Kind
 from blockferry.common.archive.keys import Secret
 from blockferry.common.archive.reader import SnapshotVolume
@@ -16,11 +18,11 @@ from blockferry.common.archive.seal import Sealer
 from blockferry.common.archive.store import Access, ObjectStore
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.regions import Provenance
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.archive_faults import CountingStore, FaultyStore, MemoryStore, flip
-from tests.archives import Maker, noise
+from tests.archive_faults import CountingStore, FaultyStore, MemoryStore, busy, flip
+from tests.archives import Maker, moved, noise
 
 A = ARCHIVE_BLOCK
 
@@ -42,12 +44,11 @@ async def read(volume: SnapshotVolume, offset: int = 0, length: int | None = Non
 
 
 @contextlib.contextmanager
-def small_nodes(monkeypatch: pytest.MonkeyPatch, entries: int = 4) -> AsyncIterator[None]:  # type: ignore[misc]
+def small_nodes(entries: int = 4) -> Iterator[None]:
     """Trees that are deep with few blocks."""
-    from blockferry.common.archive import tree
-
-    monkeypatch.setattr(tree, "MAX_ENTRIES", entries)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree, "MAX_ENTRIES", entries)
+        yield
 
 
 # --- content ----------------------------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ async def test_nothing_is_written() -> None:
             assert told.value.code is Code.READ_ONLY
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
     tail=st.integers(1, A),
     layers=st.lists(st.dictionaries(st.integers(0, 20), st.booleans(), max_size=12), min_size=1, max_size=4),
@@ -111,7 +112,6 @@ async def test_nothing_is_written() -> None:
     reads=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=4),
 )
 async def test_any_chain_of_snapshots_reads_as_it_was(
-    monkeypatch: pytest.MonkeyPatch,
     tail: int,
     layers: list[dict[int, bool]],
     chunk: int,
@@ -122,7 +122,7 @@ async def test_any_chain_of_snapshots_reads_as_it_was(
     size = 20 * A + tail
     store = MemoryStore()
     secret = Secret("key file", bytes(range(32))) if encrypted else None
-    with small_nodes(monkeypatch):
+    with small_nodes():
         maker = await Maker(store, secret=secret, chunk_blocks=chunk, chunk_nodes=nodes).create()
         base = None
         for number, layer in enumerate(layers):
@@ -179,7 +179,7 @@ async def test_requests_are_few() -> None:
 async def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walk, "NODES", 3)
     monkeypatch.setattr(reader, "BLOCKS", 2)
-    with small_nodes(monkeypatch):
+    with small_nodes():
         maker = await Maker(MemoryStore()).create()
         made = await maker.snapshot(40 * A, {block: noise(block) for block in range(40)})
     async with opened(maker.store) as volume:
@@ -228,7 +228,8 @@ async def test_a_failed_read_leaves_the_volume_usable() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "number", "word"), [("other", 0, "no volume other"), ("vm", 9, "vm@9"), ("vm", 2, "vm@2"), ("vm", 3, "vm@3")]
+    ("name", "number", "word"),
+    [("other", 0, "no volume other"), ("vm", 9, "vm@9"), ("vm", 2, "vm@2"), ("vm", 3, "vm@3")],
 )
 async def test_what_is_not_there_is_told(name: str, number: int, word: str) -> None:
     maker = await Maker(MemoryStore()).create()
@@ -256,7 +257,7 @@ async def test_no_archive() -> None:
 
 
 @pytest.fixture
-async def sealed(tmp_path: object) -> Maker:
+async def sealed() -> Maker:
     maker = await Maker(MemoryStore(), secret=Secret("passphrase", b"open sesame")).create()
     await maker.snapshot(2 * A, {0: noise(0)})
     return maker
@@ -266,10 +267,7 @@ async def open_with(maker: Maker, **files: object) -> Catalog:
     return await Catalog.open(maker.store, Access(**files))  # type: ignore[arg-type]
 
 
-async def test_the_key_opens(sealed: Maker, tmp_path: object) -> None:
-    from pathlib import Path
-
-    assert isinstance(tmp_path, Path)
+async def test_the_key_opens(sealed: Maker, tmp_path: Path) -> None:
     (tmp_path / "phrase").write_bytes(b"open sesame\r\nand a second line\n")
     (tmp_path / "wrong").write_bytes(b"open says me\n")
     (tmp_path / "file").write_bytes(bytes(32))
@@ -295,10 +293,8 @@ async def test_the_key_opens(sealed: Maker, tmp_path: object) -> None:
         assert "sesame" not in told.value.line() and "says me" not in told.value.line()
 
 
-async def test_an_archive_that_says_it_is_not_encrypted_is_refused(sealed: Maker, tmp_path: object) -> None:
-    from pathlib import Path
-
-    assert isinstance(tmp_path, Path) and isinstance(sealed.store, MemoryStore)
+async def test_an_archive_that_says_it_is_not_encrypted_is_refused(sealed: Maker, tmp_path: Path) -> None:
+    assert isinstance(sealed.store, MemoryStore)
     (tmp_path / "phrase").write_bytes(b"open sesame")
     plain = sealed.store.objects[format.ARCHIVE_NAME].replace(b"aes-256-gcm", b"none")
     sealed.store.objects[format.ARCHIVE_NAME] = plain
@@ -321,6 +317,13 @@ async def pinned(maker: Maker) -> list[format.Pin]:
     return found
 
 
+async def renewed(maker: Maker) -> None:
+    """Wait for three renewals."""
+    async with asyncio.timeout(30):
+        while (await pinned(maker))[0].renewals < 3:  # noqa: ASYNC110 nothing tells of it
+            await asyncio.sleep(0.005)
+
+
 async def test_a_snapshot_is_pinned_while_it_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pins, "RENEW_SECONDS", 0.005)
     maker = await Maker(MemoryStore()).create()
@@ -328,24 +331,18 @@ async def test_a_snapshot_is_pinned_while_it_is_open(monkeypatch: pytest.MonkeyP
     async with opened(maker.store):
         (pin,) = await pinned(maker)
         assert (pin.snapshot, pin.volume) == (1, maker.volume.hex())
-        async with asyncio.timeout(30):
-            while (await pinned(maker))[0].renewals < 3:
-                await asyncio.sleep(0.005)
+        await renewed(maker)
     assert await pinned(maker) == []
 
 
 async def test_a_renewal_that_fails_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.archive_faults import busy
-
     monkeypatch.setattr(pins, "RENEW_SECONDS", 0.005)
     faulty = FaultyStore(MemoryStore())
     maker = await Maker(faulty).create()
     await maker.snapshot(A, {})
     async with opened(faulty):
         rule = faulty.rule("put", part="/pins/", times=2, before=busy)
-        async with asyncio.timeout(30):
-            while (await pinned(maker))[0].renewals < 3:
-                await asyncio.sleep(0.005)
+        await renewed(maker)
         assert rule.seen > 2
 
 
@@ -418,7 +415,7 @@ CHANGES: dict[str, Callable[[bytes], bytes | None]] = {
 async def test_damage_is_detected_and_named(monkeypatch: pytest.MonkeyPatch, how: str, encrypted: bool) -> None:
     """Chunks, nodes, superblocks and names, whichever is damaged and however."""
     store = MemoryStore()
-    with small_nodes(monkeypatch):
+    with small_nodes():
         maker = await Maker(store, secret=Secret("key file", bytes(32)) if encrypted else None, chunk_nodes=1).create()
         await maker.snapshot(20 * A, {block: noise(block) for block in range(20)})
     real = Catalog.open
@@ -480,15 +477,11 @@ async def test_a_later_version_is_told(part: str) -> None:
 
 async def test_blocks_that_were_moved_are_found() -> None:
     """By a repacking that has removed the chunk where they were."""
-    from blockferry.common.archive.columns import Move, encode_remap
-
     store = MemoryStore()
     maker = await Maker(store, chunk_blocks=2).create()
     one = await maker.snapshot(2 * A, {0: noise(0), 1: noise(1)})
     anew = await maker.snapshot(2 * A, {0: noise(0), 1: noise(1)})
-    moves = [
-        Move(*one.entries[block][:3], *anew.entries[block][:4], anew.entries[block].codec) for block in (0, 1)
-    ]
+    moves = [moved(one.entries[block], anew.entries[block]) for block in (0, 1)]
     maker.number += 1
     await maker.log(Kind.REMAP, encode_remap(moves), anew.attempt)
     del store.objects[format.data_name(maker.volume, one.attempt, 0)]
@@ -496,10 +489,10 @@ async def test_blocks_that_were_moved_are_found() -> None:
         assert await read(volume) == one.content
 
 
-async def test_a_tree_that_lies_about_its_nodes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_tree_that_lies_about_its_nodes_is_refused() -> None:
     """Frames that are whole, with a parent that means another node."""
     store = MemoryStore()
-    with small_nodes(monkeypatch):
+    with small_nodes():
         maker = await Maker(store).create()
         made = await maker.snapshot(20 * A, {block: noise(block) for block in range(20)})
     assert made.root is not None

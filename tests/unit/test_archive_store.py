@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blockferry.common.archive import retry
 from blockferry.common.archive.remote import s3_config
 from blockferry.common.archive.retry import Patience, Retrying
 from blockferry.common.archive.store import Access, Exists, Missing, Place, SnapshotName, Transient, is_store_uri
@@ -21,15 +20,15 @@ KEYS = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "hush"}
 
 
 @pytest.fixture(autouse=True)
-def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Pauses are noted and not waited for."""
-    pauses: list[float] = []
+    made: list[float] = []
 
     async def sleep(seconds: float) -> None:
-        pauses.append(seconds)
+        made.append(seconds)
 
-    monkeypatch.setattr(retry.asyncio, "sleep", sleep)
-    return pauses
+    monkeypatch.setattr("blockferry.common.archive.retry.asyncio.sleep", sleep)
+    return made
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -94,7 +93,7 @@ def test_other_snapshots_are_refused(uri: str) -> None:
 # --- asking again -----------------------------------------------------------------------------------------------------
 
 
-async def test_what_is_transient_is_asked_again_with_growing_pauses(_no_pauses: list[float]) -> None:
+async def test_what_is_transient_is_asked_again_with_growing_pauses(pauses: list[float]) -> None:
     counting = CountingStore(MemoryStore())
     faulty = FaultyStore(counting)
     store = Retrying(faulty)
@@ -102,7 +101,7 @@ async def test_what_is_transient_is_asked_again_with_growing_pauses(_no_pauses: 
     faulty.rule("get", before=busy, times=7)
     assert await store.get("a") == b"x"
     assert store.retries == 7 and counting.counts == {"put": 1, "get": 1}
-    assert [0.5 * most <= found <= most for found, most in zip(_no_pauses, (0.25, 0.5, 1, 2, 4, 8, 8), strict=True)] == [
+    assert [0.5 * most <= found <= most for found, most in zip(pauses, (0.25, 0.5, 1, 2, 4, 8, 8), strict=True)] == [
         True
     ] * 7
 
@@ -210,7 +209,9 @@ def config(options: dict[str, str] | None = None, environment: dict[str, str] | 
 
 
 def test_credentials_and_endpoint_come_from_the_usual_variables() -> None:
-    assert config(environment={"AWS_ENDPOINT_URL": "https://s3.example/", "AWS_REGION": "eu-x", "AWS_SESSION_TOKEN": "t"}) == (
+    assert config(
+        environment={"AWS_ENDPOINT_URL": "https://s3.example/", "AWS_REGION": "eu-x", "AWS_SESSION_TOKEN": "t"}
+    ) == (
         {
             "region": "eu-x",
             "endpoint": "https://s3.example",

@@ -26,8 +26,8 @@ _CHUNK_BITS = 24
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong. Bytes of the volume; `length` 0 where it is not about a part of it. `snapshot` 0 where it
-    is not about one."""
+    """Something that is wrong. Bytes of the volume; `length` 0 where it is not about a part of it, and `snapshot` 0
+    where it is not about one."""
 
     volume: str
     snapshot: int

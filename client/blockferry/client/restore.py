@@ -132,7 +132,13 @@ class _Run:
     """One restore at work."""
 
     def __init__(
-        self, snapshot: SnapshotVolume, target: Target, plan: Plan, phase: Phase, damaged: Damaged, damage: Damage | None
+        self,
+        snapshot: SnapshotVolume,
+        target: Target,
+        plan: Plan,
+        phase: Phase,
+        damaged: Damaged,
+        damage: Damage | None,
     ) -> None:
         self.counts = Counts()
         self._snapshot = snapshot
@@ -226,9 +232,7 @@ class _Run:
 
 
 def _same(sealer: Sealer, entries: Sequence[tuple[int, Entry]], buffers: Sequence[memoryview]) -> set[int]:
-    return {
-        block for (block, entry), data in zip(entries, buffers, strict=True) if sealer.digest(data) == entry.digest
-    }
+    return {block for (block, entry), data in zip(entries, buffers, strict=True) if sealer.digest(data) == entry.digest}
 
 
 def _differing(ours: bytes, theirs: bytes) -> Iterator[tuple[int, int]]:

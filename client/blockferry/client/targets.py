@@ -71,7 +71,9 @@ async def open_target(uri: str, size: int, *, insecure: bool = False, tls: Tls |
         volume: Volume = await NbdVolume.open(uri, writable=True, insecure=insecure, files=tls)
         target = Target(uri, volume, f"nbd:{uri}")
     else:
-        target = await _open_path(uri, Path(unquote(urlsplit(uri).path)) if uri.startswith("file://") else Path(uri), size)
+        target = await _open_path(
+            uri, Path(unquote(urlsplit(uri).path)) if uri.startswith("file://") else Path(uri), size
+        )
     if target.volume.size < size:
         await target.close()
         raise BlockferryError(
@@ -92,10 +94,12 @@ async def _open_path(uri: str, path: Path, size: int) -> Target:
     except FileNotFoundError:
         info = None
     except (OSError, ValueError) as error:
-        raise from_os_error(error if isinstance(error, OSError) else OSError(str(error)), f"cannot open {uri}") from error
+        raise from_os_error(
+            error if isinstance(error, OSError) else OSError(str(error)), f"cannot open {uri}"
+        ) from error
     if info is not None and stat.S_ISBLK(info.st_mode):
         device = await DeviceVolume.open(path, writable=True)
-        return Target(uri, device, f"device:{device.identity or os.path.realpath(path)}")
+        return Target(uri, device, f"device:{device.identity or await in_thread(os.path.realpath, path)}")
     if info is None or (stat.S_ISREG(info.st_mode) and info.st_size == 0):
         # One that is there and empty was made as a place for the image: it is replaced by the complete one.
         partial = path.with_name(path.name + PARTIAL)

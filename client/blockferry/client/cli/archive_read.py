@@ -100,10 +100,10 @@ async def _list(arguments: argparse.Namespace, console: Console) -> int:
     return 1 if problems else 0
 
 
-def _row(name: str, one: Superblock) -> tuple[str, ...]:
-    fields = snapshot_fields(one)
-    sizes = [human_bytes(float(str(fields[column]))) for column in ("size", "data", "stored")]
-    return (name, f"@{one.number}", one.created, *sizes, one.source)
+def _row(name: str, one: Superblock) -> tuple[str, str, str, str, str, str, str]:
+    data = one.root.blocks * ARCHIVE_BLOCK if one.root is not None else 0
+    size, held, stored = map(human_bytes, (one.size, min(data, one.size), one.stored))
+    return name, f"@{one.number}", one.created, size, held, stored, one.source
 
 
 async def _show(arguments: argparse.Namespace, console: Console) -> int:
@@ -143,9 +143,7 @@ async def _restore(arguments: argparse.Namespace, console: Console) -> int:
     async with _snapshot(arguments, console) as snapshot:
         if arguments.overwrite:
             confirm(arguments, arguments.target, f"what is on it will be replaced by {snapshot.uri}", "target")
-        target = await open_target(
-            arguments.target, snapshot.size, insecure=arguments.insecure, tls=arguments.tls
-        )
+        target = await open_target(arguments.target, snapshot.size, insecure=arguments.insecure, tls=arguments.tls)
         try:
             async with console.showing(progress):
                 report = await restore(snapshot, target, options, progress)

@@ -178,7 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     checked = add(config, "check", "say all that is wrong with a configuration file, or what it means")
     checked.add_argument("file", type=Path, metavar="FILE")
-    _add_archive(commands, lambda group, name, help: add(group, name, help, archives))
+    _add_archive(commands, lambda group, name, text: add(group, name, text, archives))
     _add_pki(commands, add)
     return parser
 

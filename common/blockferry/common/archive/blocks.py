@@ -68,9 +68,7 @@ class BlockReader:
         # Some of them may still be whole.
         return [found for item in one.items for found in await self.read(ranges([item])[0], damage)]
 
-    def _open(
-        self, one: Range[Entry], data: memoryview, name: str, damage: Damage | None
-    ) -> list[tuple[int, bytes]]:
+    def _open(self, one: Range[Entry], data: memoryview, name: str, damage: Damage | None) -> list[tuple[int, bytes]]:
         found = []
         for block, entry in one.items:
             start = entry.offset - one.offset

@@ -1,7 +1,7 @@
 """What an archive holds: its key, its volumes and their snapshots.
 
-The log of a volume is the truth about it. The newest snapshot is found from the log's end, so that opening one costs the
-same however many there were before.
+The log of a volume is the truth about it. The newest snapshot is found from the log's end, so that opening one costs
+the same however many there were before.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Log:
             elif not self._conditional and parsed.done:
                 found.setdefault(parsed.number, []).append(key.removesuffix(format.DONE))
         new = sorted(number for number in found if number not in self._names)
-        # Without conditional writes several may have finished the same number: the smallest name is the one that counts.
+        # Without conditional writes several may have finished the same number: the smallest name counts.
         self._names.update((number, min(found[number])) for number in new)
         return new
 
@@ -157,7 +157,11 @@ class Log:
         attempt, body = self._sealer.open_frame(kind, data, name, number=number)
         if kind is Kind.REMAP:
             return Remap(number, decode_remap(body, name))
-        record: Superblock | Deletion = format.decode(body, Superblock if kind is Kind.SUPERBLOCK else Deletion, name)
+        record: Superblock | Deletion
+        if kind is Kind.SUPERBLOCK:
+            record = format.decode(body, Superblock, name)
+        else:
+            record = format.decode(body, Deletion, name)
         if record.number != number or record.volume != self._sealer.volume.hex():
             raise format.damaged(name, "it belongs to another number or volume")
         if isinstance(record, Superblock) and record.attempt != attempt.hex():
@@ -218,9 +222,7 @@ def read_secret(access: Access) -> Secret | None:
     """What opens an encrypted archive, from the file that was named; None where none was. Raises USAGE and UNREADABLE.
     Blocking."""
     if access.key_file is not None and access.passphrase_file is not None:
-        raise BlockferryError(
-            Code.USAGE, "a key file and a passphrase are one too many", next="leave one of them out"
-        )
+        raise BlockferryError(Code.USAGE, "a key file and a passphrase are one too many", next="leave one of them out")
     if access.key_file is not None:
         return Secret.key_file(_content(access.key_file), str(access.key_file))
     if access.passphrase_file is not None:

@@ -1,8 +1,9 @@
 """A store in a directory: `file:///DIRECTORY`.
 
-An object is written under a name in `.incoming`, flushed, and given its key by link(2), which replaces nothing; then the
-directory is flushed. So an object that has its key is whole and durable, whatever happens at any instant. (obstore's
-local store flushes nothing.) A writer holds a lock on what it writes: what nobody holds was left by one that died.
+An object is written under a name in `.incoming`, flushed, and given its key by link(2), which replaces nothing; then
+the directory is flushed. So an object that has its key is whole and durable, whatever happens at any instant.
+(obstore's local store flushes nothing.) A writer holds a lock on what it writes: what nobody holds was left by one that
+died.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ class Range(Generic[T]):
 def ranges(
     items: Iterable[tuple[int, T]], *, size: int = RANGE_SIZE, count: int = RANGE_ITEMS, gap: int = GAP
 ) -> list[Range[T]]:
-    """The ranges that hold all `items`, (number, where it is), in the order of chunks: none longer than `size` bytes, if
-    no item is, or with more than `count` items."""
+    """The ranges that hold all `items`, (number, where it is), in the order of chunks: none longer than `size` bytes,
+    if no item is, or with more than `count` items."""
     found: list[Range[T]] = []
     for number, item in sorted(items, key=_place):
         last = found[-1] if found else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import functools
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
 from blockferry.common.archive.blocks import BlockReader
@@ -182,13 +183,16 @@ class SnapshotVolume(Volume):
                         size = max(one.length, len(one.items) * ARCHIVE_BLOCK)
                         await self._budget.acquire(size)
                         task = tasks.create_task(self._range(one, handle, damage), name=f"fetch-{one.chunk}")
-                        task.add_done_callback(lambda _, size=size: self._budget.release(size))
+                        task.add_done_callback(functools.partial(self._release, size))
         except* BlockferryError as group:
             failure = first_of(group)
         if failure is not None:
             # Not raised above: before Python 3.11.4 whatever leaves an `except*` is wrapped in a group again.
             failure.volume = failure.volume or self.uri
             raise failure
+
+    def _release(self, size: int, task: asyncio.Task[None]) -> None:
+        self._budget.release(size)
 
     async def _range(self, one: Range[Entry], handle: Handler, damage: Damage | None) -> None:
         if found := await self.blocks.read(one, damage):
@@ -244,7 +248,9 @@ def _no_snapshot(uri: str, number: int) -> BlockferryError:
     name = SnapshotName.parse(uri)
     return BlockferryError(
         Code.NOT_FOUND,
-        f"{name.store} has no snapshot {name.name}@{number}" if number else f"{name.store} has no snapshot of {name.name}",
+        f"{name.store} has no snapshot {name.name}@{number}"
+        if number
+        else f"{name.store} has no snapshot of {name.name}",
         cause="it never was, or it was deleted",
         next=f"see which there are: blockferry archive list {name.store}",
         volume=uri,

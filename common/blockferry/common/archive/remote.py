@@ -60,7 +60,12 @@ _S3_CODE = re.compile(r"<Code>([A-Za-z0-9]+)</Code>")
 _TRANSIENT = {429, 500, 502, 503, 504}
 _FULL = {"QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "ServiceQuotaExceededException"}
 _CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
-_ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "TemporaryRedirect", "IllegalLocationConstraintException"}
+_ELSEWHERE = {
+    "PermanentRedirect",
+    "AuthorizationHeaderMalformed",
+    "TemporaryRedirect",
+    "IllegalLocationConstraintException",
+}
 _CLOCK = {"RequestTimeTooSkewed"}
 
 
@@ -86,6 +91,7 @@ class RemoteStore(ObjectStore):
     def _open_s3(cls, place: Place, access: Access) -> RemoteStore:
         from obstore.store import S3Store
 
+        config: Any
         config, conditional = s3_config(place.uri, access, os.environ)
         endpoint = config.get("endpoint", "")
         client = _client_options()
@@ -283,7 +289,7 @@ class RemoteStore(ObjectStore):
 _NO_RETRIES: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=CONNECT_SECONDS)}
 
 
-def _client_options() -> dict[str, Any]:
+def _client_options() -> Any:
     # Deadlines of whole requests depend on their size, and are kept by `_ask`.
     return {"connect_timeout": timedelta(seconds=CONNECT_SECONDS), "timeout": timedelta(hours=1), "allow_http": False}
 

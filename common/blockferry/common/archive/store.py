@@ -24,15 +24,15 @@ _KEY = re.compile(r"[A-Za-z0-9._-]{1,255}(/[A-Za-z0-9._-]{1,255})*", re.ASCII)
 _PREFIX = re.compile(r"[A-Za-z0-9._ =+@-]+(/[A-Za-z0-9._ =+@-]+)*", re.ASCII)
 
 
-class Exists(BlockferryError):
+class Exists(BlockferryError):  # noqa: N818 what it says is that
     """A key that should be new has an object already: somebody else was quicker, or it is ours from before."""
 
 
-class Missing(BlockferryError):
+class Missing(BlockferryError):  # noqa: N818 what it says is that
     """There is no such object."""
 
 
-class Transient(BlockferryError):
+class Transient(BlockferryError):  # noqa: N818 what it says is that
     """The store did not answer, or said that it cannot now. What was asked for may have happened all the same."""
 
 
@@ -118,7 +118,9 @@ def check_key(key: str) -> str:
     """Return `key`, or raise INVALID_ARGUMENT: nothing else reaches a store, so nothing outside of its prefix does."""
     if _KEY.fullmatch(key) is None or any(part in (".", "..") or part.startswith(".") for part in key.split("/")):
         raise BlockferryError(
-            Code.INVALID_ARGUMENT, f"{key!r} is not a usable key", next="report this: keys are made by blockferry itself"
+            Code.INVALID_ARGUMENT,
+            f"{key!r} is not a usable key",
+            next="report this: keys are made by blockferry itself",
         )
     return key
 
@@ -253,9 +255,7 @@ async def open_store(uri: str, access: Access | None = None) -> ObjectStore:
         from blockferry.common.archive.directory import DirectoryStore
 
         if access.options:
-            raise BlockferryError(
-                Code.INVALID_ARGUMENT, f"{place.uri} has no options", next="leave --store-option out"
-            )
+            raise BlockferryError(Code.INVALID_ARGUMENT, f"{place.uri} has no options", next="leave --store-option out")
         return await DirectoryStore.open(Path(place.prefix))
     # obstore takes a tenth of a second to import: only where it is used.
     from blockferry.common.archive.remote import RemoteStore

@@ -1,7 +1,7 @@
 """The tree of one snapshot, read from a store.
 
-Siblings stand side by side in metadata chunks, so that many of them come with one request. What a parent says of a child
-is checked against the child: a node that is whole but is not the one that was meant is damage, too.
+Siblings stand side by side in metadata chunks, so that many of them come with one request. What a parent says of a
+child is checked against the child: a node that is whole but is not the one that was meant is damage, too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Damage = Callable[[BlockferryError, int, int], None]
 
 
 def is_damage(error: BlockferryError) -> bool:
-    """Whether asking again, or somebody else's help, would not change it: something in the archive is not what it was."""
+    """Whether asking again would not change it: something in the archive is not what it was."""
     return isinstance(error, Missing) or error.code in (Code.DATA_MISMATCH, Code.CORRUPT_STATE)
 
 
@@ -111,7 +111,9 @@ class TreeReader:
                 found[number] = node
             else:
                 wanted.append((number, part.ref))
-        for result in await asyncio.gather(*(self._fetch(one, parts, damage) for one in ranges(wanted, count=SIBLINGS))):
+        for result in await asyncio.gather(
+            *(self._fetch(one, parts, damage) for one in ranges(wanted, count=SIBLINGS))
+        ):
             found.update(result)
         return [found.get(number) for number in range(len(parts))]
 
