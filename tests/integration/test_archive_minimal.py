@@ -84,9 +84,7 @@ async def test_deleted_snapshots_and_moved_blocks(tmp_path: Path) -> None:
     maker = await made(tmp_path / "store")
     one = maker.snapshots[0]
     anew = await maker.snapshot(SIZE, {block: noise(block) for block in range(20)})
-    moves = sorted(
-        moved(one.entries[block], anew.entries[block]) for block in range(4)
-    )
+    moves = sorted(moved(one.entries[block], anew.entries[block]) for block in range(4))
     maker.number += 1
     await maker.log(Kind.REMAP, encode_remap(moves), anew.attempt)
     await maker.delete(anew.number)

@@ -8,9 +8,9 @@
     DIR/cache/          metadata chunks of snapshots that are in the archive
 
 A chunk is noted, durably, before its upload begins. Whether one that was noted is there is asked of the store once,
-when the next run begins; those known to be there are named by later notes. Losing all of this costs time, and nothing else:
-so whatever is damaged is dropped. Metadata chunks and the cache are made without a flush, because every node in them
-carries its own checksum.
+when the next run begins; those known to be there are named by later notes. Losing all of this costs time, and nothing
+else: so whatever is damaged is dropped. Metadata chunks and the cache are made without a flush, because every node in
+them carries its own checksum.
 """
 
 from __future__ import annotations
