@@ -175,7 +175,7 @@ def test_what_cannot_be_is_refused_in_one_line(place: Place, image: Path, tmp_pa
 def test_interrupted_and_run_again(place: Place, tmp_path: Path, number: int, status: int) -> None:
     # Larger than can be stored before the signal comes; chunks of 16 MiB.
     image = build(tmp_path / "vm.raw", 200 * A, [(0, noise(4, 200 * A))])
-    process = start_cli(*place.words(image))
+    process = start_cli(*place.words(image), "--quiet")
     end = time.monotonic() + 60
     while not list(place.root.glob("*/data/*")) and process.poll() is None:
         assert time.monotonic() < end
