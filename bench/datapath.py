@@ -26,7 +26,7 @@ from typing import Any
 from bench import workload
 from bench.tools import Blockferry, Nbdcopy, QemuImg, Rsync, Tool
 
-RUNS = 3
+RUNS = 5
 SLOW_SECONDS = 30.0
 """A tool that takes longer the first time is not asked again: no bound hangs on it, and it would take the hour."""
 
