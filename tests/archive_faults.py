@@ -8,7 +8,16 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from blockferry.common.archive.store import Entry, ObjectStore, Transient, check_key, exists, missing, too_short
+from blockferry.common.archive.store import (
+    Entry,
+    ObjectStore,
+    Transient,
+    check_key,
+    check_prefix,
+    exists,
+    missing,
+    too_short,
+)
 from blockferry.common.digests import Data
 from blockferry.common.errors import BlockferryError, Code
 
@@ -265,7 +274,7 @@ class MemoryStore(ObjectStore):
         self.objects[check_key(key)] = bytes(data)
 
     async def get(self, key: str) -> bytes:
-        if key not in self.objects:
+        if check_key(key) not in self.objects:
             raise missing(self.uri, key)
         return self.objects[key]
 
@@ -276,9 +285,10 @@ class MemoryStore(ObjectStore):
         return found
 
     async def entries(self, prefix: str, *, after: str = "") -> AsyncIterator[Entry]:
+        check_prefix(prefix)
         for key in sorted(self.objects):
             if key.startswith(prefix) and key > after:
                 yield Entry(key, len(self.objects[key]), datetime.fromtimestamp(0, UTC))
 
     async def delete(self, key: str) -> None:
-        self.objects.pop(key, None)
+        self.objects.pop(check_key(key), None)

@@ -70,19 +70,23 @@ class S3:
         if (task := asyncio.current_task()) is not None:
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            while line := await reader.readline():
-                method, target, _ = line.decode().split(" ", 2)
-                headers = {}
-                while (line := await reader.readline()).strip():
-                    name, _, value = line.decode().partition(":")
-                    headers[name.strip().lower()] = value.strip()
-                body = await reader.readexactly(int(headers.get("content-length", "0")))
-                if not await self._answer(writer, method, target, headers, body):
-                    break
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
+        try:
+            await self._serve(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            method, target, _ = line.decode().split(" ", 2)
+            headers = {}
+            while (line := await reader.readline()).strip():
+                name, _, value = line.decode().partition(":")
+                headers[name.strip().lower()] = value.strip()
+            body = await reader.readexactly(int(headers.get("content-length", "0")))
+            if not await self._answer(writer, method, target, headers, body):
+                return
 
     async def _answer(
         self, writer: asyncio.StreamWriter, method: str, target: str, headers: dict[str, str], body: bytes
@@ -170,3 +174,5 @@ async def imitated(bucket: str = "bucket") -> AsyncIterator[S3]:
         for task in state.tasks:
             task.cancel()
         await asyncio.gather(*state.tasks, return_exceptions=True)
+        # Sockets are closed by the loop.
+        await asyncio.sleep(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from blockferry.common.archive.catalog import Catalog
 from blockferry.common.archive.format import ARCHIVE_BLOCK
 from blockferry.common.archive.reader import SnapshotVolume
 from blockferry.common.archive.store import Access, ObjectStore
+from blockferry.common.digests import Data
 from blockferry.common.errors import BlockferryError, Code
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -125,13 +128,25 @@ async def test_what_lies_behind_the_snapshot_stays(maker: Maker, tmp_path: Path)
     assert report["target_size"] == len(target.data)
 
 
+class Written(MemoryVolume):
+    """Tells when something was written."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.written = asyncio.Event()
+
+    async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
+        await super().write(extents)
+        self.written.set()
+
+
 async def test_an_interrupted_restore_goes_on_without_fetching_again(maker: Maker, tmp_path: Path) -> None:
     (made,) = maker.snapshots
     counting = maker.store
     assert isinstance(counting, CountingStore)
-    target = MemoryVolume(bytes(made.size))
+    target = Written(bytes(made.size))
     faulty = FaultyStore(counting)
-    faulty.rule("get_range", part="/data/", after=1, before=busy)
+    faulty.rule("get_range", part="/data/", after=1, before=busy, until=target.written)
     with pytest.raises(BlockferryError):
         await run(faulty, target, tmp_path)
     done = {block for block in made.blocks if target.data[block * A : (block + 1) * A] == made.content[block * A :][:A]}
@@ -147,9 +162,9 @@ async def test_an_interrupted_restore_goes_on_without_fetching_again(maker: Make
 
 async def test_another_snapshot_does_not_go_on_from_it(maker: Maker, tmp_path: Path) -> None:
     (made,) = maker.snapshots
-    target = MemoryVolume(bytes(made.size))
+    target = Written(bytes(made.size))
     faulty = FaultyStore(maker.store)
-    faulty.rule("get_range", part="/data/", after=1, before=busy)
+    faulty.rule("get_range", part="/data/", after=1, before=busy, until=target.written)
     with pytest.raises(BlockferryError):
         await run(faulty, target, tmp_path)
     two = await maker.snapshot(made.size, {0: None}, base=made)
@@ -160,7 +175,7 @@ async def test_another_snapshot_does_not_go_on_from_it(maker: Maker, tmp_path: P
     assert bytes(target.data) == two.content
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tail=st.integers(1, A),
     held=st.dictionaries(st.integers(0, 12), st.integers(0, 3)),
@@ -178,25 +193,26 @@ async def test_whatever_is_there_becomes_the_snapshot(
 ) -> None:
     size = 12 * A + tail
     maker = await Maker(MemoryStore()).create()
-    content = {block: noise(tag, A if block < 12 else tail) for block, tag in held.items()}
+    changes = {block: noise(tag, A if block < 12 else tail) for block, tag in held.items()}
     if base:
         older = await maker.snapshot(size, {0: noise(50), 12: noise(51, tail)})
-        made = await maker.snapshot(size, {0: None, 12: None, **content}, base=older)
+        made = await maker.snapshot(size, {0: None, 12: None, **changes}, base=older)
     else:
-        made = await maker.snapshot(size, content)
+        made = await maker.snapshot(size, changes)
+    content = made.content
     before = bytearray(size + extra)
     for block, kind in there.items():
         # The same as in the snapshot, something else, or zeros.
         at = block * B
         if at < size and kind < 2:
-            before[at : at + B] = (made.content if kind else b"\xee" * size)[at : at + B][: size - at]
+            before[at : at + B] = (content[at : at + B] if kind else b"\xee" * B)[: size - at]
     target = MemoryVolume(bytes(before))
     await run(maker.store, target, tmp_path_factory.mktemp("state"), overwrite=True)
-    assert bytes(target.data) == made.content + bytes(before[size:])
+    assert bytes(target.data) == content + bytes(before[size:])
     # Equal bytes are never rewritten.
     for offset, length in target.of("write"):
         for at in range(offset, offset + length, B):
-            assert before[at : at + B][: size - at] != made.content[at : at + B]
+            assert before[at : at + B][: size - at] != content[at : at + B]
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -235,7 +251,7 @@ async def test_a_damaged_node_takes_its_blocks_along(tmp_path: Path, monkeypatch
     monkeypatch.setattr(tree, "MAX_ENTRIES", 4)
     store = MemoryStore()
     maker = await Maker(store, chunk_nodes=1).create()
-    made = await maker.snapshot(40 * A, {block: noise(block) for block in range(1, 17)})
+    made = await maker.snapshot(20 * A, {block: noise(block) for block in range(1, 17)})
     # The second leaf: blocks 5 to 8.
     key = format.meta_name(maker.volume, made.attempt, 1)
     store.objects[key] = flip(-1)(store.objects[key])

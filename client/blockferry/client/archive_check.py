@@ -61,7 +61,8 @@ class Checked:
 
 
 class _Known:
-    """What is known to be sound, of one volume: nodes with all that is below them, and blocks by their place."""
+    """What need not be looked at again, of one volume: nodes that are sound with all that is below them, and blocks by
+    their place."""
 
     def __init__(self) -> None:
         self.nodes: set[NodeRef] = set()
@@ -192,6 +193,9 @@ class _Check:
                 chosen = present
             else:
                 chosen = [one for part in ranges(present) if random.random() < self._share for one in part.items]
+            # Whatever is not drawn had its chance: another snapshot that has it does not give it another.
+            drawn = {block for block, _ in chosen}
+            self._known.add(entry for block, entry in present if block not in drawn)
             self._phase.done += (len(node.keys) - len(chosen)) * ARCHIVE_BLOCK if self._share else 0
             self._read.update(chosen)
             yield chosen

@@ -86,6 +86,7 @@ class Catalog:
             raise BlockferryError(
                 Code.NOT_FOUND,
                 f"the archive in {self.store.uri} has no volume {name}",
+                cause=f"there is no {key}",
                 next=f"see which it has: blockferry archive list {self.store.uri}",
             ) from error
         shown = _named(self.store, key)

@@ -111,7 +111,7 @@ class DirectoryStore(ObjectStore):
                         return part
                     found += part
                 return bytes(found)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise missing(self.uri, key) from error
         except OSError as error:
             raise self._failed(error, "cannot read", key) from error
@@ -132,7 +132,7 @@ class DirectoryStore(ObjectStore):
                     elif one.is_file(follow_symlinks=False):
                         info = one.stat(follow_symlinks=False)
                         yield Entry(prefix + one.name, info.st_size, datetime.fromtimestamp(info.st_mtime, UTC))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             # Of the directory, or of a file that was removed meanwhile.
             return
         except OSError as error:
@@ -146,7 +146,7 @@ class DirectoryStore(ObjectStore):
         try:
             disk.unlink(path)
             disk.fsync_directory(path.parent)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
             raise self._failed(error, "cannot delete", key) from error

@@ -264,9 +264,9 @@ class RemoteStore(ObjectStore):
                 Code.PERMISSION, what, cause="this machine's clock differs too much from the store's",
                 next="set the clock, then run it again",
             )  # fmt: skip
-        if code in _ELSEWHERE or status in (301, 307):
+        if code in _ELSEWHERE or status in (301, 307) or "Received redirect without LOCATION" in text:
             return BlockferryError(
-                Code.INVALID_ARGUMENT, what, cause=f"the bucket is in another region or at another endpoint ({code})",
+                Code.INVALID_ARGUMENT, what, cause="the bucket is in another region or at another endpoint",
                 next="give its region (AWS_REGION) or endpoint (AWS_ENDPOINT_URL)",
             )  # fmt: skip
         if kind == "PermissionDeniedError" or status == 403:
