@@ -95,7 +95,15 @@ def test_commands_in_the_text_are_commands() -> None:
 def test_flags_of_the_documents_exist() -> None:
     """Code that begins with a flag means one of ours; flags of other programs come after the program's name."""
     named = {flag for path in DOCUMENTS for flag in re.findall(r"`(--[a-z][a-z-]*)", path.read_text())}
-    commands = ("sync", "plan", "replica demote", "replica adopt", "archive restore", "archive verify")
+    commands = (
+        "sync",
+        "plan",
+        "replica demote",
+        "replica adopt",
+        "archive create",
+        "archive restore",
+        "archive verify",
+    )
     helped = [run_help("blockferry-server"), *(run_help("blockferry", *words.split()) for words in commands)]
     known = {flag for text in helped for flag in re.findall(r"--[a-z][a-z-]*", text)}
     assert {"--keep", "--keep-at-least", "--keep-changes", "--live"} <= named <= known
