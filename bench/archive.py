@@ -206,7 +206,7 @@ def result(seconds: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
             broken.append(f"{step}: {ratio:.1f} times as fast as borg; at least {LEAST_RATIO:g} is expected")
     return {
         "name": NAME,
-        "title": f"archiving an image of {workload.IMAGE_SIZE >> 30} GiB with {workload.DATA_SIZE / 1e9:.2f} GB of data",
+        "title": f"archiving an image of {workload.IMAGE_SIZE >> 30} GiB, {workload.DATA_SIZE / 1e9:.2f} GB of it data",
         "rows": rows,
         "summary": f"medians of {RUNS} runs, whole processes, seconds; {sys.platform}, everything on tmpfs",
         "runs": seconds,

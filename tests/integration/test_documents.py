@@ -65,7 +65,7 @@ def test_commands_of_the_documents_are_commands() -> None:
     lines = {path.name: [line.split() for line in code_blocks(path)] for path in DOCUMENTS}
     clients = [words for found in lines.values() for words in found if words[:1] == ["blockferry"]]
     servers = [words for found in lines.values() for words in found if words[:1] == ["blockferry-server"]]
-    assert (len(clients), len(servers)) == (53, 8)
+    assert (len(clients), len(servers)) == (56, 8)
     for words in clients:
         build_parser().parse_args(words[1:])
     assert [words[1:] for words in servers if "--config" in words] == [["--config", "/etc/blockferry/server.toml"]] * 2
@@ -95,7 +95,15 @@ def test_commands_in_the_text_are_commands() -> None:
 def test_flags_of_the_documents_exist() -> None:
     """Code that begins with a flag means one of ours; flags of other programs come after the program's name."""
     named = {flag for path in DOCUMENTS for flag in re.findall(r"`(--[a-z][a-z-]*)", path.read_text())}
-    commands = ("sync", "plan", "replica demote", "replica adopt", "archive restore", "archive verify")
+    commands = (
+        "sync",
+        "plan",
+        "replica demote",
+        "replica adopt",
+        "archive create",
+        "archive restore",
+        "archive verify",
+    )
     helped = [run_help("blockferry-server"), *(run_help("blockferry", *words.split()) for words in commands)]
     known = {flag for text in helped for flag in re.findall(r"--[a-z][a-z-]*", text)}
     assert {"--keep", "--keep-at-least", "--keep-changes", "--live"} <= named <= known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import shutil
@@ -27,7 +28,7 @@ async def test_archivers_killed_at_random(tmp_path: Path) -> None:
         snapshot_id = rng.choice(["", "one"])
         began = time.monotonic()
         process = host.start(snapshot_id)
-        time.sleep(rng.uniform(0, longest))
+        await asyncio.sleep(rng.uniform(0, longest))
         process.kill()
         process.communicate()
         if process.returncode == 0:

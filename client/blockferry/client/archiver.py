@@ -41,7 +41,7 @@ from blockferry.common.archive.format import (
     Superblock,
 )
 from blockferry.common.archive.seal import parse_level
-from blockferry.common.archive.store import Exists, Missing
+from blockferry.common.archive.store import Exists
 from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code, first_of, from_os_error
 from blockferry.common.regions import AllocationMap, runs_of
@@ -62,7 +62,7 @@ COMMIT_TRIES = 100
 
 @dataclass(frozen=True)
 class Changed:
-    """What a change tracker knows: only these regions may differ from the snapshot whose id is `base`. Sizes in bytes."""
+    """What a change tracker knows: only these regions may differ from the snapshot with the id `base`. Bytes."""
 
     base: str
     regions: BitMap
@@ -96,8 +96,8 @@ class ArchiveOptions:
 async def archive(source: Volume, catalog: Catalog, options: ArchiveOptions, progress: Progress) -> dict[str, object]:
     """Make the source's content the next snapshot of a volume in the archive, and return the report (schema 1).
 
-    Whatever goes wrong, no snapshot appears; the next call goes on with what is in the archive already. Where the newest
-    snapshot is of the very same immutable source, nothing is done.
+    Whatever goes wrong, no snapshot appears; the next call goes on with what is in the archive already. Where the
+    newest snapshot is of the very same immutable source, nothing is done.
     """
     await refuse_in_use(source, live=options.live)
     volume = await volume_or_new(catalog, options.volume)
@@ -205,7 +205,7 @@ class _Run:
             failure = first_of(group)
         if isinstance(failure, OSError):
             raise from_os_error(failure, f"cannot use {self._staging.directory} for staging") from failure
-        if failure is not None:
+        if failure is not None and not self._doomed:
             # Not raised above: before Python 3.11.4 whatever leaves an `except*` is wrapped in a group again.
             raise failure
         # When nobody renews it any more.
@@ -228,16 +228,15 @@ class _Run:
             await self._clean_up(())
 
     async def _clean_up(self, used: Sequence[str]) -> None:
-        attempt = self._attempt
+        await self._store.delete(format.attempt_name(self._volume, self._attempt))
+        crash_point("archive-attempt-removed")
         await in_thread(self._staging.finish, used)
         crash_point("archive-finished")
-        await self._store.delete(format.attempt_name(self._volume, attempt))
 
     async def _give_up_attempt(self) -> None:
-        attempt = self._attempt
-        if attempt:
+        if self._attempt:
+            await self._store.delete(format.attempt_name(self._volume, self._attempt))
             await in_thread(self._staging.drop)
-            await self._store.delete(format.attempt_name(self._volume, attempt))
 
     async def _begin(self, found: Found) -> bool:
         """Begin an attempt, or go on with the one that was interrupted; whether it was the latter."""
@@ -353,8 +352,11 @@ class _Run:
     async def _is_there(self, key: str, noted: Noted) -> bool:
         try:
             return await self._store.get_range(key, noted.size - TAIL_SIZE, TAIL_SIZE) == noted.tail
-        except Missing:
-            return False
+        except BlockferryError as error:
+            # Nothing of that name, or something shorter.
+            if error.code in (Code.NOT_FOUND, Code.DATA_MISMATCH):
+                return False
+            raise
 
     def _object(self, kind: str, number: int) -> str:
         name = format.data_name if kind == "data" else format.meta_name
@@ -427,6 +429,8 @@ class _Run:
         except Exists:
             # A request of ours that was given up arrived after all; nobody else has this attempt.
             if not await self._is_there(key, noted):
+                # Or the journal has forgotten that we used this number: it is worth nothing, then.
+                self._doomed = True
                 raise
         self._uploaded += noted.size
         self._objects[kind] += 1

@@ -38,7 +38,7 @@ class Nodes:
         self._known = self._nodes_stored()
         self._number = max(staging.state.meta, default=-1)
         self._fd = -1
-        self._offset = CHUNK_SIZE
+        self._offset = 0
         self.laid: dict[int, int] = {}
         """the metadata chunks of this run, to be stored: bytes by number"""
         self.used: set[str] = set()
@@ -63,6 +63,8 @@ class Nodes:
         known = self._known.get(_digest(body))
         if known is not None:
             return known
+        if self._fd < 0:
+            self._begin_chunk()
         frame = self._seal(body)
         if self._offset + len(frame) > CHUNK_SIZE:
             self._begin_chunk()

@@ -93,8 +93,8 @@ class Packer:
     def keep(self, block: int, entry: Entry) -> None:
         """Say that a block is in a chunk of an earlier run."""
         kept = self._trailer.kept
-        if kept and kept[-1].first + kept[-1].count == block and kept[-1].chunk == entry.chunk:
-            kept[-1] = kept[-1]._replace(count=kept[-1].count + 1)
+        if kept and kept[-1].first + kept[-1].blocks == block and kept[-1].chunk == entry.chunk:
+            kept[-1] = kept[-1]._replace(blocks=kept[-1].blocks + 1)
             return
         self._need_run()
         self._trailer.kept.append(Kept(block, 1, entry.chunk))

@@ -7,10 +7,10 @@
     DIR/superblock      the log record that was to be committed
     DIR/cache/          metadata chunks of snapshots that are in the archive
 
-A chunk is noted, durably, before its upload begins. Whether one that was noted is there is asked of the store once, when
-the next run begins; those known to be there are named by later notes. Losing all of this costs time, and nothing else:
-so whatever is damaged is dropped. Metadata chunks and the cache are made without a flush, because every node in them
-carries its own checksum.
+A chunk is noted, durably, before its upload begins. Whether one that was noted is there is asked of the store once,
+when the next run begins; those known to be there are named by later notes. Losing all of this costs time, and nothing
+else: so whatever is damaged is dropped. Metadata chunks and the cache are made without a flush, because every node in
+them carries its own checksum.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ class Staging:
             if room < 0:
                 disk.unlink(path)
 
-    # --- the journal ----------------------------------------------------------------------------------------------------
+    # --- the journal --------------------------------------------------------------------------------------------------
 
     def _append(self, record: dict[str, Any]) -> None:
         assert self._journal is not None

@@ -1,4 +1,4 @@
-"""Write vectors that are not there yet: `python -m tests.unit.archive.make_vectors`. Those that are there are frozen."""
+"""Write vectors that are not there yet, with `python -m tests.unit.archive.make_vectors`. All others are frozen."""
 
 from __future__ import annotations
 

@@ -33,7 +33,9 @@ async def test_a_first_archive_stores_what_is_not_zero(site: Site) -> None:
     assert report["blocks"] == {"archived": 5, "zero": 0, "equal": 0, "stored": 5, "kept": 0, "holes": 0}
     assert report["bytes"]["source_read"] == report["bytes"]["stored"] == 4 * ARCHIVE_BLOCK + 1000
     assert report["objects"] == {"data": 2, "meta": 1}
-    assert report["bytes"]["uploaded"] == sum(len(await site.store.get(key)) for key in chunks(counting, ""))
+    assert report["bytes"]["uploaded"] == sum(
+        [len(await site.store.get(key)) for kind in ("data", "meta") for key in chunks(counting, kind)]
+    )
     assert parts(counting) == {
         "put_new probe": 2, "get probe": 1, "delete probe": 1,
         "get archive.json": 1, "put_new archive.json": 1,
@@ -114,7 +116,7 @@ async def test_a_volume_that_became_empty_and_full_again(site: Site) -> None:
 tags = st.lists(st.one_of(st.none(), st.integers(0, 3)), min_size=1, max_size=9)
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     history=st.lists(st.tuples(tags, st.sampled_from([0, 1, 5000])), min_size=1, max_size=4),
     compression=st.sampled_from(["none", "zstd:1"]),
@@ -225,7 +227,8 @@ async def test_a_source_that_was_resized_is_not_committed(site: Site) -> None:
     assert told.value.code is Code.SOURCE_CHANGED
     assert await site.snapshots() == []
     report = await site.archive(volume(content(1, 2)))
-    assert report["resumed"] and report["blocks"]["stored"] == 0 or report["blocks"]["kept"] >= 0
+    # The last chunk was not yet full, and had not been uploaded.
+    assert report["resumed"] and report["blocks"]["stored"] == 2
     await site.check(content(1, 2))
 
 
@@ -263,7 +266,7 @@ async def test_an_attempt_says_that_it_lives_while_it_works(site: Site) -> None:
 
     class Slow(MemoryVolume):
         async def read_into(self, offset: int, buffer: memoryview) -> None:
-            while counting.count("put", "/attempts/") < 4:
+            while counting.count("put", "/attempts/") < 4:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
             await super().read_into(offset, buffer)
 
@@ -320,8 +323,8 @@ async def test_an_encrypted_archive(site: Site, secrets: dict[str, Access], how:
     assert isinstance(site.store, MemoryStore)
     for key, stored in site.store.objects.items():
         assert text[:20] not in stored and block(1)[:20] not in stored, key
-    for wrong in secrets.values():
-        if wrong is not site.access:
+    for name, wrong in secrets.items():
+        if name != how:
             site.access = wrong
             with pytest.raises(BlockferryError) as told:
                 await site.archive(volume(data))

@@ -1,4 +1,4 @@
-"""Nodes, trailers and moves: they come back as they were, and whatever is altered is refused or is another valid one."""
+"""Nodes, trailers and moves: they come back as they were; what is altered is refused, or is another valid one."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from tests.unit.archive.examples import ATTEMPT, EARLIER, some
 from tests.unit.archive.test_format import refused
 
 ids = st.integers(0, 5).map(lambda number: some(f"attempt {number}", 16))
+small = st.integers(0, 9)
 blocks = st.lists(st.integers(0, MAX_BLOCKS - 1) | st.integers(0, 1000), unique=True, min_size=1, max_size=40).map(
     sorted
 )
@@ -45,11 +46,11 @@ places = st.tuples(st.integers(0, CHUNK_SIZE - 1), st.integers(1, CHUNK_SIZE)).m
     lambda one: (one[0], min(one[1], CHUNK_SIZE - one[0]))
 )
 entries = st.builds(
-    lambda attempt, chunk, place, codec, digest: Entry(attempt, chunk, *place, codec, digest),
+    lambda attempt, chunk, place, codec, digest: Entry(attempt, chunk, place[0], place[1], codec, digest),
     ids, st.integers(0, (1 << 32) - 1), places, st.integers(0, 1), st.binary(min_size=32, max_size=32),
 )  # fmt: skip
 children = st.builds(
-    lambda attempt, chunk, place, count: Child(NodeRef(attempt, chunk, *place), count),
+    lambda attempt, chunk, place, count: Child(NodeRef(attempt, chunk, place[0], place[1]), count),
     ids, st.integers(0, (1 << 32) - 1), places, st.integers(1, MAX_BLOCKS),
 )  # fmt: skip
 
@@ -93,7 +94,7 @@ def test_trailers_come_back(trailer: Trailer) -> None:
 
 @given(
     st.lists(
-        st.builds(Move, ids, st.integers(0, 9), st.integers(0, 9), ids, *[st.integers(0, 9)] * 2, st.integers(1, 9), st.integers(0, 1)),
+        st.builds(Move, ids, small, small, ids, small, small, st.integers(1, 9), st.integers(0, 1)),
         min_size=1, max_size=20, unique_by=lambda move: move[:3],
     ).map(sorted)
 )  # fmt: skip

@@ -170,11 +170,13 @@ async def test_blocks_that_were_moved_out_of_a_doomed_chunk_are_not_missed(site:
     (superblock,) = await site.snapshots()
     sealer = await site.sealer()
     old = await site.entries(1)
-    new, moves, stored = some("repacking", 16), [], []
+    new = some("repacking", 16)
+    moves: list[Move] = []
+    stored: list[bytes] = []
     for number, entry in old.items():
         whole = first[number * ARCHIVE_BLOCK : (number + 1) * ARCHIVE_BLOCK]
         codec, data = sealer.seal_block(new, number, memoryview(whole), 0)
-        moves.append(Move(*entry[:3], new, 0, sum(map(len, stored)), len(data), codec))
+        moves.append(Move(*entry[:3], new, 0, sum(len(one) for one in stored), len(data), codec))
         stored.append(data)
     await site.store.put_new(format.data_name(sealer.volume, new, 0), stored)
 

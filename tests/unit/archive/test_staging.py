@@ -14,7 +14,7 @@ from tests.unit.archive.examples import ATTEMPT, some
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:  # type: ignore[override]
+def directory(tmp_path: Path) -> Path:
     return tmp_path / "a" / "b"
 
 

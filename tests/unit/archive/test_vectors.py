@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from blockferry.common.archive import format
 from blockferry.common.archive.columns import decode_node, decode_remap, decode_trailer
-from blockferry.common.archive.keys import unwrap
+from blockferry.common.archive.keys import Secret, unwrap
 
 from tests.unit.archive import examples
 from tests.unit.archive.examples import ATTEMPT
@@ -67,6 +67,6 @@ def test_blocks(name: str, data: bytes, block: int, how: str) -> None:
 @pytest.mark.parametrize(
     ("name", "secret"), [("key-key-file", examples.KEY_FILE), ("key-passphrase", examples.PASSPHRASE)]
 )
-def test_keys(name: str, secret: examples.Secret) -> None:
+def test_keys(name: str, secret: Secret) -> None:
     key = format.decode(frozen(f"{name}.json"), format.Key, name)
     assert unwrap(secret, key, name) == examples.KEY

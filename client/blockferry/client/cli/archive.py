@@ -64,7 +64,7 @@ def _lines(report: Mapping[str, object]) -> list[str]:
         if report["base"]
         else f"  blocks     {blocks['stored']} stored, {blocks['zero']} zero{resumed}",
         f"  read       {human_bytes(moved['source_read'])}; {human_bytes(moved['stored'])} to store",
-        f"  uploaded   {human_bytes(moved['uploaded'])} in {objects['data']} data and {objects['meta']} metadata chunks",
+        f"  uploaded   {human_bytes(moved['uploaded'])} in {objects['data']} data, {objects['meta']} metadata chunks",
         f"  took       {seconds['total']:.1f} s",
     ]
 

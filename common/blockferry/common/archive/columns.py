@@ -150,7 +150,7 @@ class Kept(NamedTuple):
     """Consecutive blocks that an earlier run of the attempt has stored in one of its chunks."""
 
     first: int
-    count: int
+    blocks: int
     chunk: int
 
 

@@ -104,5 +104,5 @@ class Committer:
             Code.DATA_MISMATCH,
             f"{self._store.uri}: {key} is not what was written",
             cause=f"the store acknowledged it, and {'returns other bytes' if found else 'has no such object'}",
-            next="do not rely on this store before that is explained; then run it again, and what was uploaded is found",
+            next="do not rely on this store before that is explained; then run it again: what was uploaded is found",
         )

@@ -2,7 +2,7 @@
 
 A new snapshot's tree is made from its parent's in one pass over the changes, in order. Subtrees without changes are not
 even loaded: the new tree refers to them. Changed leaves and the nodes above them are written anew, filled up to 256
-entries; neighbours that were both changed are joined where they became small. Holes have no entry, and no node is empty.
+entries; neighbours that were both changed are joined where they became small. Holes have no entry, no node is empty.
 
 Nodes come and go through callbacks, so that the same code works on staged files, on a store and on a dict in tests.
 Memory is that of one path of nodes, and of a reference for each leaf that is new.
