@@ -320,5 +320,5 @@ KINDS = {
     "overlay": Kind(overlay),
     "recovery-point": Kind(recovery_point, written=False),
     "replica": Kind(replica, written=False),
-    "archive": Kind(archived, written=False, page_size=ARCHIVE_BLOCK),
+    "archive": Kind(archived, Provenance.CONSERVATIVE, written=False, page_size=ARCHIVE_BLOCK),
 }

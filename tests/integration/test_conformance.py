@@ -28,7 +28,7 @@ SIZES = [1, 513, BLOCK, REGION + 1, 5 * REGION + 3 * BLOCK + 512]
 """Sizes asked for; each kind makes the next one it can."""
 SIZE = SIZES[-1]
 
-FIXED = {"memory", "device", "qemu-raw", "qemu-qcow2", "nbdkit-memory", "recovery-point", "replica"}
+FIXED = {"memory", "device", "qemu-raw", "qemu-qcow2", "nbdkit-memory", "recovery-point", "replica", "archive"}
 """Kinds of which nobody can take anything away unseen, or which do not tell."""
 
 
