@@ -107,13 +107,14 @@ async def check_allocation(
 ) -> None:
     """Nothing that holds data (`must`) is missing, and an exact map has nothing that never did (`may`)."""
     found = await volume.allocation(region_size)
-    assert found.provenance is kind.provenance
+    provenance = kind.knows(region_size)
+    assert found.provenance is provenance
     assert (found.geometry.size, found.geometry.region_size) == (volume.size, region_size)
     regions = set(found.regions)
     assert regions_touched(must, region_size) <= regions
-    if kind.provenance is Provenance.EXACT:
+    if provenance is Provenance.EXACT:
         assert regions <= regions_touched(may, region_size)
-    elif kind.provenance is Provenance.ABSENT:
+    elif provenance is Provenance.ABSENT:
         assert regions == set(range(found.geometry.count))
 
 
