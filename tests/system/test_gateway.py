@@ -19,7 +19,8 @@ from blockferry.common.errors import BlockferryError, Code
 from tests import gateway as ceph
 from tests.archives import Maker, noise
 from tests.gateway import Gateway, User
-from tests.images import MIB
+from tests.images import MIB, Hole, build, change
+from tests.images import noise as noise_of
 from tests.store_contract import CHECKS, Check
 from tests.support import Report, ok, refused_json, run_cli
 
@@ -99,6 +100,22 @@ def test_restore_and_verify(uri: str, tmp_path: Path) -> None:
     assert ok("verify", f"{uri}#vm", tmp_path / "2.raw", *key)["outcome"] == "equal"
     (listed,) = ok("archive", "list", uri, *key)["volumes"]
     assert [one["number"] for one in listed["snapshots"]] == [1, 2]
+
+
+def test_what_was_created_is_restored(uri: str, tmp_path: Path) -> None:
+    """An image that changes, by the command line alone."""
+    image = build(tmp_path / "vm.raw", 40 * MIB, [(0, noise_of("a", MIB)), (20 * MIB, noise_of("b", 3 * MIB))])
+    (tmp_path / "phrase").write_text("open sesame\n")
+    key = ("--passphrase-file", tmp_path / "phrase")
+    first = ok("archive", "create", image, uri, "--volume", "vm", *key)
+    before = image.read_bytes()
+    change(image, [(20 * MIB, Hole(MIB)), (30 * MIB, noise_of("c", MIB))])
+    second = ok("archive", "create", image, uri, "--volume", "vm", *key)
+    assert (first["blocks"]["stored"], second["blocks"]["stored"], second["blocks"]["equal"]) == (16, 4, 12)
+    for number, content in ((first["snapshot"], before), (second["snapshot"], image.read_bytes())):
+        ok("archive", "restore", f"{uri}#vm@{number}", tmp_path / f"{number}.raw", *key)
+        assert (tmp_path / f"{number}.raw").read_bytes() == content
+    assert ok("archive", "verify", uri, *key)["outcome"] == "sound"
 
 
 def told(*words: object, code: str) -> Report:
