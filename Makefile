@@ -72,10 +72,12 @@ soak: $(READY) ## thousands of kills at random instants, and a hundred thousand 
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_CRASH_PASSES=4 deploy/isolate \
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" \
 		tests/fault/test_cycle_crashes.py tests/fault/test_group_commits.py
+	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_ARCHIVE_BLOCKS=65536 deploy/isolate \
+		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" -k 16_tib tests/integration/test_archive_create.py
 
 .PHONY: system
-system: $(READY) ## two hosts in network namespaces of their own (root)
-	@deploy/packages tests iproute2
+system: $(READY) ## two hosts in network namespaces of their own, and a real S3 (root)
+	@deploy/packages tests iproute2 gateway
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && deploy/isolate \
 		$(BIN)/python -m pytest --basetemp="$$base/tests" tests/system
 

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import agents, allocation, commits, datapath, floor, nbd, nbdserver, schedule, tracking
+from bench import agents, allocation, archive, commits, datapath, floor, nbd, nbdserver, schedule, tracking
 
 ENTRIES = {
     allocation.NAME: allocation.measure,
@@ -27,6 +27,7 @@ ENTRIES = {
     tracking.NAME: tracking.measure,
     schedule.NAME: schedule.measure,
     agents.NAME: agents.measure,
+    archive.NAME: archive.measure,
 }
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -17,10 +17,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from blockferry.common.archive.format import ARCHIVE_BLOCK
+from blockferry.common.archive.store import open_store
 from blockferry.common.digests import Data
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.regions import Provenance
-from blockferry.common.volumes import DeviceVolume, ImageVolume, NbdVolume, ReplicaVolume, Volume
+from blockferry.common.volumes import DeviceVolume, ImageVolume, NbdVolume, ReplicaVolume, Volume, open_volume
 from blockferry.common.volumes.scratch import ScratchVolume
 from blockferry.server.cache import DigestCache
 from blockferry.server.delta import Delta
@@ -28,6 +30,7 @@ from blockferry.server.gate import Gate
 from blockferry.server.overlay import OverlayVolume
 from blockferry.server.store import Store
 
+from tests.archives import Maker
 from tests.filesystems import FileSystems
 from tests.images import BLOCK, build, noise
 from tests.nbd import Served, nbdcopy, nbdkit, qemu_img, qemu_nbd
@@ -72,6 +75,8 @@ class Kind:
 
     make: Callable[[Site, int, Pieces], AbstractContextManager[Made]]
     provenance: Provenance = Provenance.EXACT
+    """Of maps of regions of at least `coarse` bytes; of smaller ones they are conservative."""
+    coarse: int = 0
     written: bool = True
     """Whether volumes of this kind can be opened for writing."""
     granularity: int = 1
@@ -87,6 +92,10 @@ class Kind:
     the device, where the rest of that block is."""
     looks_for_zeros: bool = False
     """Zeros that are written are found out to be zeros."""
+
+    def knows(self, region_size: int) -> Provenance:
+        """What a map of such regions is."""
+        return self.provenance if region_size >= self.coarse else Provenance.CONSERVATIVE
 
     def size(self, size: int) -> int:
         """The next size that is possible."""
@@ -306,6 +315,38 @@ class _Overlay(OverlayVolume):
 
 
 @contextlib.contextmanager
+def archived(site: Site, size: int, pieces: Pieces) -> Iterator[Made]:
+    """A snapshot in an archive, made from a base that had other data in a third of it."""
+    root = site.path("temporary")
+    root.mkdir()
+    content = bytearray(size)
+    for offset, data in pieces:
+        content[offset : offset + len(data)] = data
+    blocks: dict[int, bytes | None] = {}
+    for start in range(0, size, ARCHIVE_BLOCK):
+        data = bytes(content[start : start + ARCHIVE_BLOCK])
+        blocks[start // ARCHIVE_BLOCK] = data if any(data) else None
+    uri = f"file://{root}"
+
+    async def opened() -> Volume:
+        async with await open_store(uri) as store:
+            if not await store.list("names/"):
+                maker = await Maker(store).create()
+                older = {block: noise("older", length_of(block)) for block in blocks if block % 3 == 0}
+                base = await maker.snapshot(size, older)
+                await maker.snapshot(size, blocks, base=base)
+        return await open_volume(f"{uri}#vm")
+
+    def length_of(block: int) -> int:
+        return min(ARCHIVE_BLOCK, size - block * ARCHIVE_BLOCK)
+
+    try:
+        yield Made(opened)
+    finally:
+        shutil.rmtree(root)
+
+
+@contextlib.contextmanager
 def recovery_point(site: Site, size: int, pieces: Pieces) -> Iterator[Made]:
     """A generation that is read through before-images: the next one has written a third of the volume, zeroed another
     third, and left the rest as it is."""
@@ -360,4 +401,5 @@ KINDS = {
     "scratch": Kind(scratch),
     "recovery-point": Kind(recovery_point, written=False),
     "replica": Kind(replica, written=False),
+    "archive": Kind(archived, coarse=ARCHIVE_BLOCK, written=False),
 }

@@ -43,11 +43,18 @@ def _named(*packages: object) -> set[str]:
     return found
 
 
-BOTH = _named(blockferry.common)
+ARCHIVING = {
+    name
+    for name in _named(blockferry.common, blockferry.client)
+    if name.startswith(("archive-", "restore-", "object-"))
+}
+"""Of archives, which no sync comes by: gone through in tests/integration/test_archive_*.py."""
+
+BOTH = _named(blockferry.common) - ARCHIVING
 SERVER = {name for name in _named(blockferry.server) if not name.startswith(("device-", "group-", "start-group-"))}
 """Those of devices alone are gone through in test_device_crashes.py, those of several commits in one in
 test_group_commits.py."""
-CLIENT = {name for name in _named(blockferry.client) if not name.startswith("cycle-")}
+CLIENT = {name for name in _named(blockferry.client) - ARCHIVING if not name.startswith("cycle-")}
 """Those of an agent's replication are gone through in test_cycle_crashes.py."""
 
 CLONES_ONLY = {"open-cloned"}

@@ -82,7 +82,7 @@ def test_commands_of_the_documents_are_commands() -> None:
     lines = {path.name: [line.split() for line in code_blocks(path)] for path in DOCUMENTS}
     clients = [words for found in lines.values() for words in found if words[:1] == ["blockferry"]]
     servers = [words for found in lines.values() for words in found if words[:1] == ["blockferry-server"]]
-    assert (len(clients), len(servers)) == (58, 8)
+    assert (len(clients), len(servers)) == (69, 8)
     for words in clients:
         build_parser().parse_args(words[1:])
     assert [words[1:] for words in servers if "--config" in words] == [["--config", "/etc/blockferry/server.toml"]] * 2
@@ -101,18 +101,30 @@ def test_commands_in_the_text_are_commands() -> None:
     spans = {span for path in DOCUMENTS for span in re.findall(r"`(blockferry [a-z][^`]*)`", path.read_text())}
     # In running text a command may be named without its arguments.
     complete = [span.split() for span in spans if "grpc://" in span]
-    assert len(complete) == 1
+    assert len(complete) == 2
     for words in complete:
         build_parser().parse_args(words[1:])
     known = re.findall(r"^    ([a-z]+) ", build_parser().format_help(), re.MULTILINE)
-    assert {"plan", "sync", "verify", "volume", "replica", "pool", "agent", "status", "pki", "config"} == set(known)
+    assert {
+        "plan", "sync", "verify", "volume", "replica", "pool", "archive", "agent", "status", "pki", "config",
+    } == set(known)  # fmt: skip
     assert {span.split()[1] for span in spans} <= set(known)
 
 
 def test_flags_of_the_documents_exist() -> None:
     """Code that begins with a flag means one of ours; flags of other programs come after the program's name."""
     named = {flag for path in DOCUMENTS for flag in re.findall(r"`(--[a-z][a-z-]*)", path.read_text())}
-    commands = ("sync", "plan", "replica demote", "replica adopt", "replica export", "agent sync")
+    commands = (
+        "sync",
+        "plan",
+        "replica demote",
+        "replica adopt",
+        "replica export",
+        "agent sync",
+        "archive create",
+        "archive restore",
+        "archive verify",
+    )
     helped = [run_help("blockferry-server"), *(run_help("blockferry", *words.split()) for words in commands)]
     known = {flag for text in helped for flag in re.findall(r"--[a-z][a-z-]*", text)}
     assert {"--keep", "--keep-at-least", "--keep-changes", "--live"} <= named <= known
@@ -171,7 +183,7 @@ def test_bounds_of_the_nbd_server_are_those_of_the_code() -> None:
 
 def test_every_flag_of_sync_is_in_the_readme() -> None:
     flags = set(re.findall(r"--[a-z][a-z-]*", run_help("blockferry", "sync"))) - {"--help"}
-    assert len(flags) == 13
+    assert len(flags) == 16
     assert {flag for flag in flags if flag not in README} == set()
 
 

@@ -14,6 +14,7 @@ from blockferry.client.forecast import Forecast, ask_forecast
 from blockferry.client.plan import Plan, decide
 from blockferry.client.replica import ChangeStream, Commit, ReplicaSession, commit_sessions
 from blockferry.client.report import Progress, Stopwatch, Tally, sync_report
+from blockferry.client.sources import refuse_in_use, refuse_resized
 from blockferry.client.tracking import Tracked
 from blockferry.client.transfer import BYTES_IN_FLIGHT, Transfer
 from blockferry.common.address import Address
@@ -134,7 +135,7 @@ class Syncing:
 
     async def __aenter__(self) -> Syncing:
         options = self.options
-        await _refuse_source_in_use(self.source, options)
+        await refuse_in_use(self.source, live=options.live)
         async with contextlib.AsyncExitStack() as held:
             self.connection = Connection(self.destination.require_volume(), insecure=options.insecure, tls=options.tls)
             held.push_async_callback(self.connection.close)
@@ -185,7 +186,7 @@ class Syncing:
         buffers = self.options.bytes_in_flight // 2
         await Transfer(self.source, session, self._stream, self._plan, buffers, phase, self.tally).run()
         crash_point("client-transferred")
-        await _refuse_resized_source(self.source)
+        await refuse_resized(self.source)
         self._watch.lap("transfer")
 
     def _narrowed(self) -> tuple[BitMap | None, str]:
@@ -259,30 +260,3 @@ async def commit_all(syncings: Sequence[Syncing]) -> None:
     for one, committed in zip(syncings, answers, strict=True):
         one.confirm(committed)
 
-
-async def _refuse_source_in_use(source: Volume, options: SyncOptions) -> None:
-    if options.live:
-        return
-    writers = await source.writers()
-    if writers:
-        raise BlockferryError(
-            Code.IN_USE,
-            f"{source.uri} is in use",
-            cause=f"it is open for writing or mounted: {', '.join(writers)}",
-            next="sync from a snapshot, stop what uses it, or say --live to take an inconsistent copy",
-            volume=source.uri,
-        )
-
-
-async def _refuse_resized_source(source: Volume) -> None:
-    size = await source.current_size()
-    if size != source.size:
-        raise BlockferryError(
-            Code.SOURCE_CHANGED,
-            f"{source.uri} changed its size while it was read",
-            cause=f"it had {source.size} bytes and now has {size}",
-            next="stop whatever changes it, or sync from a snapshot",
-            volume=source.uri,
-            expected=str(source.size),
-            found=str(size),
-        )

@@ -76,6 +76,7 @@ _STATUS = {
     Code.USAGE: grpc.StatusCode.INVALID_ARGUMENT,
     Code.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
     Code.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    Code.EXISTS: grpc.StatusCode.ALREADY_EXISTS,
     Code.UNREADABLE: grpc.StatusCode.PERMISSION_DENIED,
     Code.PERMISSION: grpc.StatusCode.PERMISSION_DENIED,
     Code.TLS: grpc.StatusCode.UNAUTHENTICATED,

@@ -67,6 +67,18 @@ def _minutes(text: str) -> int | None:
     return found if int(minutes) < 60 and found <= MINUTES_OF_A_DAY else None
 
 
+def parse_share(text: str) -> float:
+    """A share of the data: `5%`, `0.5%`. Raises USAGE."""
+    number = text.removesuffix("%")
+    try:
+        share = float(number) / 100
+    except ValueError:
+        share = -1.0
+    if not text.endswith("%") or not 0 < share <= 1:
+        raise BlockferryError(Code.USAGE, f"{text!r} is no share", next="write one from 0.01% to 100%, such as 5%")
+    return share
+
+
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS
 
