@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import uvloop
-from blockferry.common.config import Tls
+from blockferry.common.settings import Tls
 from blockferry.common.nbd.export import Export
 from blockferry.common.nbd.peer import Limits
 from blockferry.common.nbd.server import NbdServer

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from blockferry.common.config import Tls
+from blockferry.common.settings import Tls
 from blockferry.common.nbd.client import NbdClient
 from blockferry.common.nbd.connection import Pending
 from blockferry.common.nbd.handshake import encode_client_flags, encode_option, encode_option_reply

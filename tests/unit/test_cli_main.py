@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from blockferry.client.cli.agent import COMMANDS as AGENT_COMMANDS
+from blockferry.client.cli.archive import COMMANDS as ARCHIVE_COMMANDS
+from blockferry.client.cli.archive_read import COMMANDS as ARCHIVE_READ_COMMANDS
 from blockferry.client.cli.config import COMMANDS as CONFIG_COMMANDS
 from blockferry.client.cli.export import COMMANDS as EXPORT_COMMANDS
 from blockferry.client.cli.handover import COMMANDS as HANDOVER_COMMANDS
@@ -148,6 +150,8 @@ def test_every_command_can_be_run_and_asked_for_help(capsys: pytest.CaptureFixtu
     found = list(leaves(build_parser()))
     assert {"_".join(words) for words in found} == {
         *COMMANDS,
+        *ARCHIVE_COMMANDS,
+        *ARCHIVE_READ_COMMANDS,
         *POOL_COMMANDS,
         *HANDOVER_COMMANDS,
         *EXPORT_COMMANDS,
