@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = Path(sys.executable).parent
-NAMES = ("blockferry", "blockferry-server")
+NAMES = ("blockferry", "blockferry-rehydrate", "blockferry-server")
 
 _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 _MOST_BYTES = 1 << 20
@@ -87,9 +87,21 @@ def popen(words: list[str], **options: Any) -> subprocess.Popen[Any]:
 def _main_of(name: str) -> Callable[[], int]:
     """Import one program and nothing of the other: what is imported first may matter."""
     if name == "blockferry":
-        from blockferry.client.cli import config, handover, main, pki, pools, replicate  # noqa: F401 main's own choice
+        from blockferry.client.cli import (  # noqa: F401 main's own choice
+            config,
+            handover,
+            main,
+            pki,
+            pools,
+            rehydration,
+            replicate,
+        )
 
         return main.main
+    if name == "blockferry-rehydrate":
+        from blockferry.server.rehydrate import main as rehydrate
+
+        return rehydrate.main
     from blockferry.server import main as server
 
     return server.main

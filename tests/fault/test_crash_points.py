@@ -44,8 +44,9 @@ def _named(*packages: object) -> set[str]:
 
 
 BOTH = _named(blockferry.common)
-SERVER = {name for name in _named(blockferry.server) if not name.startswith("device-")}
-"""Those of devices alone are gone through in test_device_crashes.py."""
+SERVER = {name for name in _named(blockferry.server) if not name.startswith(("device-", "rehydrate-"))}
+"""Those of devices alone are gone through in test_device_crashes.py, those of disks that are rehydrated in
+test_rehydration_crashes.py."""
 CLIENT = _named(blockferry.client)
 
 CLONES_ONLY = {"open-cloned"}

@@ -154,6 +154,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(pool, "list", "list the pools of a server and the room they have").add_argument("address", metavar="ADDRESS")
 
+    rehydration = commands.add_parser("rehydration", help="look at a disk that is being rehydrated").add_subparsers(
+        dest="subcommand", required=True, metavar="COMMAND"
+    )
+    add(rehydration, "show", "show how far it is, how long requests wait, and what it waits for")
+    add(rehydration, "watch", "show progress until everything is hydrated")
+    copied = add(rehydration, "snapshot", "copy the primary and its map as they are at one moment, without stopping it")
+    copied.add_argument("--name", required=True, type=argument(check_volume_name), help="what it is to be called")
+    for one in rehydration.choices.values():
+        one.add_argument(
+            "address", metavar="ADDRESS", help="its --state directory, or grpc+unix:///DIR/rehydration.sock"
+        )
+
     config = commands.add_parser("config", help="look at configuration files").add_subparsers(
         dest="subcommand", required=True, metavar="COMMAND"
     )
@@ -221,9 +233,10 @@ def _find(arguments: argparse.Namespace) -> Command:
         from blockferry.client.cli import pki
 
         return pki.COMMANDS[name]
-    from blockferry.client.cli import config, handover, pools, replicate
+    from blockferry.client.cli import config, handover, pools, rehydration, replicate
 
-    return {**replicate.COMMANDS, **handover.COMMANDS, **pools.COMMANDS, **config.COMMANDS}[name]
+    modules = (replicate, handover, pools, config, rehydration)
+    return {key: command for module in modules for key, command in module.COMMANDS.items()}[name]
 
 
 async def _run(command: Command, arguments: argparse.Namespace, console: Console) -> int:
