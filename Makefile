@@ -63,6 +63,8 @@ soak: $(READY) ## thousands of kills at random instants, and a hundred thousand 
 	@deploy/packages tests
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_FUZZ_EXAMPLES=$(or $(MESSAGES),100000) deploy/isolate \
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/fault/test_fuzz.py
+	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_NBD_EXAMPLES=$(or $(HISTORIES),2000) deploy/isolate \
+		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/integration/test_nbd_server.py -k history
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_SOAK_KILLS=$(or $(KILLS),2000) deploy/isolate \
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/soak
 

@@ -14,12 +14,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import allocation, commits, datapath, floor, nbd
+from bench import allocation, commits, datapath, floor, nbd, nbdserver
 
 ENTRIES = {
     allocation.NAME: allocation.measure,
     datapath.NAME: datapath.measure,
     nbd.NAME: nbd.measure,
+    nbdserver.NAME: nbdserver.measure,
     datapath.TLS_NAME: datapath.measure_tls,
     commits.NAME: commits.measure,
     floor.NAME: floor.measure,

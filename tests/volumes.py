@@ -7,6 +7,7 @@ zeros), and yields how to open what it made, as often as one likes, until it is 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import os
 import shutil
@@ -16,8 +17,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from blockferry.common.digests import Data
+from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.regions import Provenance
 from blockferry.common.volumes import DeviceVolume, ImageVolume, NbdVolume, ReplicaVolume, Volume
+from blockferry.common.volumes.scratch import ScratchVolume
 from blockferry.server.cache import DigestCache
 from blockferry.server.delta import Delta
 from blockferry.server.gate import Gate
@@ -27,6 +31,7 @@ from blockferry.server.store import Store
 from tests.filesystems import FileSystems
 from tests.images import BLOCK, build, noise
 from tests.nbd import Served, nbdcopy, nbdkit, qemu_img, qemu_nbd
+from tests.nbd_serving import serving
 from tests.processes import loop_device
 from tests.support import Server
 from tests.unit.memory_volume import MemoryVolume
@@ -224,6 +229,74 @@ def overlay(site: Site, size: int, pieces: Pieces) -> Iterator[Made]:
         path.unlink()
 
 
+class _Scratch(ScratchVolume):
+    """It is opened as often as one likes, keeps what was written meanwhile, and may be for reading."""
+
+    writable = True
+
+    async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
+        self._refuse()
+        await super().write(extents)
+
+    async def unmap(self, extents: Sequence[tuple[int, int]]) -> int:
+        self._refuse()
+        return await super().unmap(extents)
+
+    def _refuse(self) -> None:
+        if not self.writable:
+            raise BlockferryError(Code.READ_ONLY, "cannot be written", cause="it is for reading", next="nothing")
+
+    async def close(self) -> None:
+        """The maker does."""
+
+
+@contextlib.contextmanager
+def scratch(site: Site, size: int, pieces: Pieces) -> Iterator[Made]:
+    """An image that stays as it is under changes that are thrown away."""
+    path = build(site.path("ext4"), size, pieces)
+    before = path.read_bytes()
+    found: list[tuple[_Scratch, ImageVolume]] = []
+
+    async def opened(writable: bool) -> Volume:
+        if not found:
+            base = await ImageVolume.open(path)
+            made = await _Scratch.open(base, path.parent, 64 * size + 64 * BLOCK)
+            assert isinstance(made, _Scratch)
+            found.append((made, base))
+        volume = copy.copy(found[0][0])
+        volume.writable = writable
+        return volume
+
+    try:
+        yield Made(
+            functools.partial(opened, False),
+            functools.partial(opened, True),
+            lambda length: os.truncate(path, length),
+        )
+        if path.stat().st_size == size:
+            assert path.read_bytes() == before
+    finally:
+        for made, base in found:
+            os.close(made._fd)
+            base.let_go()
+        path.unlink()
+
+
+@contextlib.contextmanager
+def own_server(site: Site, size: int, pieces: Pieces) -> Iterator[Made]:
+    """An export of our own NBD server."""
+    path = build(site.path("ext4"), size, pieces)
+    try:
+        with serving(lambda: ImageVolume.open(path, writable=True)) as found:
+            yield Made(
+                lambda: NbdVolume.open(found.uri),
+                lambda: NbdVolume.open(found.uri, writable=True),
+                lambda length: os.truncate(path, length),
+            )
+    finally:
+        path.unlink()
+
+
 class _Overlay(OverlayVolume):
     """Closes what is below it, which is nobody else's."""
 
@@ -282,7 +355,9 @@ KINDS = {
     "nbdkit-file": Kind(nbdkit_file, vouches=False, tail_stays=True),
     "qemu-raw": Kind(functools.partial(qemu, format="raw"), granularity=512, tail_stays=True),
     "qemu-qcow2": Kind(functools.partial(qemu, format="qcow2"), granularity=512),
+    "own-nbd": Kind(own_server),
     "overlay": Kind(overlay),
+    "scratch": Kind(scratch),
     "recovery-point": Kind(recovery_point, written=False),
     "replica": Kind(replica, written=False),
 }

@@ -89,6 +89,7 @@ def _main_of(name: str) -> Callable[[], int]:
     if name == "blockferry":
         from blockferry.client.cli import (  # noqa: F401 main's own choice
             config,
+            export,
             handover,
             main,
             pki,

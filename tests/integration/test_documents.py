@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 from blockferry.client import replica, transfer
-from blockferry.client.cli.main import build_parser
+from blockferry.client.cli import export as cli_export
+from blockferry.client.cli.main import DEFAULT_SCRATCH, build_parser
 from blockferry.common import rpc
 from blockferry.common.config import ClientLimits, LimitsConfig
 from blockferry.common.errors import BlockferryError, Code
-from blockferry.common.nbd import client, connection
+from blockferry.common.nbd import answers, client, connection, export, rules
 from blockferry.common.nbd import protocol as nbd_protocol
+from blockferry.common.nbd import server as nbd_server
+from blockferry.common.nbd.peer import Limits
 from blockferry.common.retention import DEFAULT
 from blockferry.common.rpc import to_status
 from blockferry.common.volumes import nbd
@@ -65,7 +68,7 @@ def test_commands_of_the_documents_are_commands() -> None:
     lines = {path.name: [line.split() for line in code_blocks(path)] for path in DOCUMENTS}
     clients = [words for found in lines.values() for words in found if words[:1] == ["blockferry"]]
     servers = [words for found in lines.values() for words in found if words[:1] == ["blockferry-server"]]
-    assert (len(clients), len(servers)) == (45, 8)
+    assert (len(clients), len(servers)) == (49, 8)
     for words in clients:
         build_parser().parse_args(words[1:])
     assert [words[1:] for words in servers if "--config" in words] == [["--config", "/etc/blockferry/server.toml"]] * 2
@@ -95,7 +98,7 @@ def test_commands_in_the_text_are_commands() -> None:
 def test_flags_of_the_documents_exist() -> None:
     """Code that begins with a flag means one of ours; flags of other programs come after the program's name."""
     named = {flag for path in DOCUMENTS for flag in re.findall(r"`(--[a-z][a-z-]*)", path.read_text())}
-    commands = ("sync", "plan", "replica demote", "replica adopt")
+    commands = ("sync", "plan", "replica demote", "replica adopt", "replica export")
     helped = [run_help("blockferry-server"), *(run_help("blockferry", *words.split()) for words in commands)]
     known = {flag for text in helped for flag in re.findall(r"--[a-z][a-z-]*", text)}
     assert {"--keep", "--keep-at-least", "--keep-changes", "--live"} <= named <= known
@@ -126,6 +129,30 @@ def test_formats_and_bounds_of_the_volumes_are_those_that_are_tested() -> None:
         f"{MOST_SECONDS:g} s",
         f"{MOST_RATIO:g} times",
     ]
+
+
+def test_bounds_of_the_nbd_server_are_those_of_the_code() -> None:
+    text, limits, mib = document("docs/nbd.md"), Limits(), 1024 * 1024
+    bounds = table(text, "## Bounds")
+    assert [bounds.cells[row, "value"] for row in bounds.rows] == [
+        f"{limits.handshake:g} s",
+        f"{limits.handshakes}",
+        f"{limits.connections}",
+        f"{limits.bytes_in_flight // mib} MiB",
+        f"{limits.bytes_each // mib} MiB",
+        f"{answers.PIECE // mib} MiB",
+        f"{limits.requests}",
+        f"{nbd_protocol.MAX_OPTION_PAYLOAD // 1024} KiB",
+    ]
+    joined = " ".join(text.split())
+    assert f"of {export.SPARSE_LEAST // 1024} KiB and more" in joined
+    assert f"DF up to {rules.DF_SIZE // mib} MiB" in joined
+    assert f"finished for up to {nbd_server.CLOSE_SECONDS:g} s" in joined
+    assert f"reads for {cli_export.PATIENCE_SECONDS:g} s" in joined
+    assert f"`--scratch-limit` ({DEFAULT_SCRATCH // 1024**3}G)" in joined
+    assert {one.name for one in nbd_protocol.Errno} - {"ENOMEM"} == set(
+        re.findall(r"^\| (E[A-Z]+) \|", text, re.MULTILINE)
+    )
 
 
 def test_every_flag_of_sync_is_in_the_readme() -> None:
@@ -180,7 +207,7 @@ def test_every_call_and_field_of_a_request_is_described() -> None:
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }
-    assert len(calls) == 18
+    assert len(calls) == 19
     assert {call for call in calls if call not in PROTOCOL} == set()
     for message in ("OpenSessionRequest", "ApplyChangesRequest", "ApplyChangesResponse", "SessionCommit"):
         fields = replication_pb2.DESCRIPTOR.message_types_by_name[message].fields_by_name

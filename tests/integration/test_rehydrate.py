@@ -205,7 +205,7 @@ def test_a_primary_and_its_map_belong_together(tmp_path: Path, replica: str) -> 
     gone = Rehydrator(tmp_path / "disk", replica)
     refused(gone.refuse(), "no such file", program="blockferry-rehydrate")
     moved = Rehydrator(tmp_path / "disk", replica, primary=tmp_path / "elsewhere.raw")
-    with moved.primary and open(moved.primary, "r+b"):
+    with open(moved.primary, "r+b"):
         refused(moved.refuse(), "is in use", program="blockferry-rehydrate")
     assert moved.start().stop() == 0
 

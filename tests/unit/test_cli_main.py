@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from blockferry.client.cli.config import COMMANDS as CONFIG_COMMANDS
+from blockferry.client.cli.export import COMMANDS as EXPORT_COMMANDS
 from blockferry.client.cli.handover import COMMANDS as HANDOVER_COMMANDS
 from blockferry.client.cli.main import _parse_rate, _parse_region_size, build_parser, main
 from blockferry.client.cli.pki import COMMANDS as PKI_COMMANDS
@@ -148,6 +149,7 @@ def test_every_command_can_be_run_and_asked_for_help(capsys: pytest.CaptureFixtu
         *COMMANDS,
         *POOL_COMMANDS,
         *HANDOVER_COMMANDS,
+        *EXPORT_COMMANDS,
         *CONFIG_COMMANDS,
         *PKI_COMMANDS,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from blockferry.common import disk
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.regions import BLOCK_SIZE
 from blockferry.server.rehydrate import map as module
@@ -92,7 +93,7 @@ def test_what_was_hydrated_before_is_not_recorded_again(tmp_path: Path) -> None:
 def test_the_log_is_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every second block alone, each flushed: the worst there is. The file stays within twice the bound."""
     monkeypatch.setattr(module, "FOLD_BYTES", 4096)
-    monkeypatch.setattr(module.disk, "fsync", lambda fd: None)
+    monkeypatch.setattr(disk, "fsync", lambda fd: None)
     binding = Binding("file:1:2", 4000 * BLOCK_SIZE, "commit:aa", "disk.raw", 7)
     hydration = HydrationMap.create(tmp_path, binding)
     largest = 0

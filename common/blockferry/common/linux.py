@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import signal
+import stat
 import struct
 import sys
 from collections.abc import Iterator
@@ -94,6 +95,20 @@ def birth_ns(fd: int) -> int:
         return 0
     mask, seconds, nanoseconds = _STATX.unpack(buffer.raw)
     return int(seconds) * 10**9 + int(nanoseconds) if mask & _STATX_BTIME else 0
+
+
+_STATFS_SIZE = 256
+"""Bytes: more than any struct statfs has; f_type is the first word of it (statfs(2))."""
+_IN_MEMORY = frozenset({0x01021994, 0x858458F6})
+"""TMPFS_MAGIC, RAMFS_MAGIC (linux/magic.h)."""
+
+
+def lies_in_memory(fd: int) -> bool:
+    """Whether a file is on a file system that has no device behind it, so that reading it waits for nothing."""
+    buffer = ctypes.create_string_buffer(_STATFS_SIZE)
+    if not hasattr(_libc, "fstatfs") or _libc.fstatfs(fd, buffer) != 0 or stat.S_ISBLK(os.fstat(fd).st_mode):
+        return False
+    return int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder) in _IN_MEMORY
 
 
 def reflink(source_fd: int, target_fd: int) -> None:

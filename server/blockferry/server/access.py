@@ -107,6 +107,8 @@ NEEDS: dict[str, Callable[[Any], Need]] = {
     "Replicas/GetReplica": _volume(Right.LOOK),
     "Replicas/ListPools": lambda _: (Right.LOOK, []),
     "Replicas/ReadRegions": _point(Right.READ),
+    # Who may not read has no reason to keep what others would have dropped.
+    "Replicas/HoldPoint": _point(Right.READ),
     "Replicas/ListRecoveryPoints": _volume(Right.LOOK),
     "Replicas/VerifyReplica": _point(Right.VERIFY),
     "Replicas/PromoteReplica": _point(Right.MANAGE),

@@ -65,7 +65,7 @@ async def serve(config: ServerConfig) -> None:
         access = Access(pools, config.grant, credentials)
         services = {
             replication_pb2.DESCRIPTOR.services_by_name["Replication"]: ReplicationService(pools, limits, access),
-            replicas_pb2.DESCRIPTOR.services_by_name["Replicas"]: ReplicasService(pools, access),
+            replicas_pb2.DESCRIPTOR.services_by_name["Replicas"]: ReplicasService(pools, access, stop),
         }
         for descriptor, servicer in services.items():
             rpc.add_service(server, descriptor, servicer, access, raw=getattr(servicer, "RAW_METHODS", ()))

@@ -23,7 +23,7 @@ from blockferry.common.arguments import argument
 from blockferry.common.config import TLS_ENVIRONMENT as ENVIRONMENT
 from blockferry.common.config import Tls
 from blockferry.common.errors import BlockferryError, Code, from_os_error
-from blockferry.common.regions import check_region_size
+from blockferry.common.regions import BLOCK_SIZE, check_region_size
 from blockferry.common.units import parse_size
 
 Command = Callable[[argparse.Namespace, Console], Awaitable[int]]
@@ -38,6 +38,17 @@ def _parse_rate(text: str) -> int:
     if rate < 1:
         raise BlockferryError(Code.USAGE, "a bandwidth limit is at least 1 byte per second")
     return rate
+
+
+DEFAULT_SCRATCH = 10 * 1024**3
+"""Bytes of writes that are thrown away in the end: a system that boots and is looked at writes a part of that."""
+
+
+def _parse_scratch(text: str) -> int:
+    limit = parse_size(text)
+    if limit < BLOCK_SIZE:
+        raise BlockferryError(Code.USAGE, f"writes need room for at least {BLOCK_SIZE} bytes")
+    return limit
 
 
 class _Parser(argparse.ArgumentParser):
@@ -147,6 +158,22 @@ def build_parser() -> argparse.ArgumentParser:
         "--region-size", type=_parse_region_size, default=0, metavar="SIZE",
         help="64K to 16M, a power of two (default 1M)",
     )  # fmt: skip
+    exported = add(replica, "export", "serve a recovery point over NBD until stopped; it is kept as long")
+    exported.add_argument("address", metavar="ADDRESS/VOLUME[@NUMBER]")
+    exported.add_argument("--nbd", required=True, metavar="WHERE", help="where to listen: unix:PATH or HOST:PORT")
+    exported.add_argument(
+        "--nbd-tls", action="store_true", help="demand TLS of NBD clients, with the certificate of --tls-cert"
+    )
+    exported.add_argument(
+        "--throw-away-writes", action="store_true", help="take writes, into a file that is gone at the end"
+    )
+    exported.add_argument(
+        "--scratch-limit", type=argument(_parse_scratch), default=DEFAULT_SCRATCH, metavar="SIZE",
+        help="bytes of writes that are taken (default 10G)",
+    )  # fmt: skip
+    exported.add_argument(
+        "--scratch-dir", type=Path, metavar="DIR", help="where that file is (default $TMPDIR, else /tmp)"
+    )
     for one in (promoted, demoted, deleted):
         one.add_argument("--yes", action="store_true", help="do not ask for the name of the replica")
     pool = commands.add_parser("pool", help="look at pools").add_subparsers(
@@ -212,15 +239,22 @@ def _tls(arguments: argparse.Namespace, console: Console) -> Tls | None:
         or (Path(found) if (found := os.environ.get(ENVIRONMENT + name.upper())) else None)
         for name in ("cert", "key", "ca")
     ]
-    if not any(given) or not any(
-        isinstance(value, str) and value.startswith(("grpcs:", "nbds")) for value in vars(arguments).values()
-    ):
+    serving = getattr(arguments, "nbd_tls", False)
+    dialled = [value for value in vars(arguments).values() if isinstance(value, str)]
+    if not serving and not (any(given) and any(value.startswith(("grpcs:", "nbds")) for value in dialled)):
         return None
     from datetime import UTC, datetime
 
     from blockferry.common.tls import Material, complete
 
     files = complete(*given)
+    if files is None and serving:
+        raise BlockferryError(
+            Code.USAGE,
+            "there is no certificate for --nbd-tls",
+            cause="a server that demands TLS has to show one",
+            next="name it with --tls-cert, --tls-key and --tls-ca",
+        )
     if files is not None:
         for line in Material.load(files).warnings(datetime.now(UTC)):
             console.warning(line)
@@ -233,10 +267,19 @@ def _find(arguments: argparse.Namespace) -> Command:
         from blockferry.client.cli import pki
 
         return pki.COMMANDS[name]
+    if name == "replica_export":
+        from blockferry.client.cli import export
+
+        return export.COMMANDS[name]
     from blockferry.client.cli import config, handover, pools, rehydration, replicate
 
-    modules = (replicate, handover, pools, config, rehydration)
-    return {key: command for module in modules for key, command in module.COMMANDS.items()}[name]
+    return {
+        **replicate.COMMANDS,
+        **handover.COMMANDS,
+        **pools.COMMANDS,
+        **config.COMMANDS,
+        **rehydration.COMMANDS,
+    }[name]
 
 
 async def _run(command: Command, arguments: argparse.Namespace, console: Console) -> int:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from blockferry.common import disk
+from blockferry.common import disk, linux
 from blockferry.common.digests import Data
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import BLOCK_SIZE
@@ -15,7 +15,10 @@ from blockferry.common.volumes.volume import Volume, in_thread
 
 
 class DescriptorVolume(Volume):
-    """Reads and writes by pread and pwrite. What is public here and no coroutine blocks: call it on an I/O thread."""
+    """Reads and writes by pread and pwrite. What is public here and no coroutine blocks, but for `read_now`: call it on
+    an I/O thread."""
+
+    batches = True
 
     def __init__(self, path: Path, fd: int, size: int, writable: bool) -> None:
         self.path = path
@@ -24,6 +27,8 @@ class DescriptorVolume(Volume):
         self.block_size = BLOCK_SIZE
         self._fd = fd
         self._writable = writable
+        # A file in memory is always in memory; of all others the kernel is asked not to wait (preadv2(2)).
+        self._now: int | None = 0 if linux.lies_in_memory(fd) else os.RWF_NOWAIT
 
     @abc.abstractmethod
     def size_now(self) -> int:
@@ -42,8 +47,23 @@ class DescriptorVolume(Volume):
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         await in_thread(self._read_into, offset, buffer)
 
+    def read_now(self, offset: int, buffer: memoryview) -> bool:
+        if self._now is None:
+            return False
+        try:
+            return os.preadv(self._fd, [buffer], offset, self._now) == len(buffer)
+        except OSError as error:
+            if error.errno in linux.NOT_SUPPORTED:
+                self._now = None
+            # Whatever it is, whoever reads with patience is told.
+            return False
+
     async def read_many(self, extents: Sequence[tuple[int, memoryview]]) -> None:
         await in_thread(self._read_many, extents)
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        # Only begins to read; but finding out where from may wait.
+        await in_thread(os.posix_fadvise, self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def _read_many(self, extents: Sequence[tuple[int, memoryview]]) -> None:
         for offset, buffer in extents:

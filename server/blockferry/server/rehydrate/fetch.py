@@ -295,13 +295,13 @@ class Fetcher:
             unit = self._neighbours.popleft()
             if self._wanted(unit):
                 return unit, unit + 1
-        while (unit := cursor.next_unit()) is not None:
-            if self._wanted(unit):
-                stop = unit + 1
-                while stop - unit < self._units and cursor.follows(stop) and self._wanted(stop):
+        while (first := cursor.next_unit()) is not None:
+            if self._wanted(first):
+                stop = first + 1
+                while stop - first < self._units and cursor.follows(stop) and self._wanted(stop):
                     cursor.next_unit()
                     stop += 1
-                return unit, stop
+                return first, stop
         return None
 
     def _wanted(self, unit: int) -> bool:

@@ -42,7 +42,7 @@ MISMATCH_SECONDS = 30.0
 """The same where it is another snapshot: somebody has to act."""
 
 TOUCH_SECONDS = 15.0
-"""Between two looks at each source. A server keeps a point for its lease after it was read, 60 s by default."""
+"""Between two looks at each source."""
 
 TRANSIENT = frozenset({Code.UNAVAILABLE, Code.LIMITED})
 """What may be over if one waits."""
@@ -100,6 +100,7 @@ class Source:
         self._volume: Volume | None = None
         self._opening: asyncio.Task[Volume] | None = None
         self._users: dict[Volume, int] = {}
+        self._holding: asyncio.Task[None] | None = None
         self._not_before = 0.0
 
     @property
@@ -133,10 +134,33 @@ class Source:
         """Whatever snapshot it has now."""
         try:
             async with asyncio.timeout(OPEN_SECONDS):
-                self._volume = await self._opener(self.uri, "")
+                volume = await self._opener(self.uri, "")
         except TimeoutError as error:
             raise _silent(self.uri) from error
-        return self._volume
+        self._keep(volume)
+        return volume
+
+    def _keep(self, volume: Volume) -> None:
+        """It is the one that is read from now on. A replica's server is told to keep the point, whatever its retention
+        says, however seldom it is read."""
+        self._volume = volume
+        if isinstance(volume, ReplicaVolume):
+            self._holding = asyncio.create_task(self._hold(volume), name="hold-point")
+
+    async def _hold(self, volume: ReplicaVolume) -> None:
+        try:
+            await volume.keep(lambda error: None)
+        except BlockferryError as error:
+            # A server that does not know the call keeps what is read for its lease.
+            if error.code is not Code.PROTOCOL and volume is self._volume:
+                self._holding = None
+                await self.failed(error)
+
+    async def _let_go(self) -> None:
+        holding, self._holding = self._holding, None
+        if holding is not None:
+            holding.cancel()
+            await asyncio.wait([holding])
 
     async def _open(self, size: int, snapshot_id: str) -> Volume:
         try:
@@ -151,7 +175,7 @@ class Source:
             raise _silent(self.uri) from error
         finally:
             self._opening = None
-        self._volume = volume
+        self._keep(volume)
         return volume
 
     async def _close_unused(self, volume: Volume) -> None:
@@ -170,6 +194,7 @@ class Source:
             log.warning("a source is out of reach", source=self.uri, error=error.line())
         self.problem = error.line()
         volume, self._volume = self._volume, None
+        await self._let_go()
         if volume is not None:
             await self._close_unused(volume)
 
@@ -185,6 +210,7 @@ class Source:
         if self._opening is not None:
             self._opening.cancel()
             await asyncio.wait([self._opening])
+        await self._let_go()
         volume, self._volume = self._volume, None
         for one in {*self._users, *([volume] if volume is not None else [])}:
             with contextlib.suppress(BlockferryError, OSError):
