@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from blockferry.common.durable import make_directories
 from blockferry.common.volumes import ImageVolume
 from blockferry.server.rehydrate import map as maps
 from blockferry.server.rehydrate.hydration import Hydration, Options
@@ -97,7 +98,11 @@ def small_maps() -> Iterator[None]:
         yield
 
 
-async def _opened(root: Path, primary: str = "disk.raw", state: str = "state") -> Hydration:
+PRIMARY, STATE = "disks/disk.raw", "state"
+"""In directories of their own: neither is made durable by a flush that is meant for the other."""
+
+
+async def _opened(root: Path, primary: str = PRIMARY, state: str = STATE) -> Hydration:
     options = Options(["source"], str(root / primary), root / state)
     return await Hydration.open(options, World(source=Site(SOURCE)).open)
 
@@ -131,11 +136,12 @@ class RehydrationLife:
     async def live(self) -> None:
         """All of it; whoever dies on the way is followed by another process, which does the rest."""
         with small_maps(), self.recorder.recording():
+            make_directories((self._root / PRIMARY).parent)
             for step in (
                 self._open,
                 lambda: self._write(2 * B, pattern(3, 2 * B)),
                 self._flush,
-                lambda: self._write(5 * B + 7, pattern(4, 100)),
+                lambda: self._write(5 * B + 512, pattern(4, 1024)),
                 lambda: self._zero(9 * B, 2 * B),
                 self._flush,
                 lambda: self._write(20 * B, pattern(5, 2 * B)),
@@ -216,9 +222,12 @@ class RehydrationLife:
 
     async def check(self, root: Path, promises: Promises) -> None:
         """Raise unless everything promised holds in `root`."""
-        assert not promises.began or (root / "disk.raw").exists(), "the primary has lost its name"
+        primary = root / PRIMARY
+        assert not promises.began or primary.exists(), "the primary has lost its name"
         if promises.completed:
-            promises.check((root / "disk.raw").read_bytes())
+            promises.check(primary.read_bytes())
+        if not primary.parent.exists():
+            return
         with small_maps():
             disk = await _opened(root)
             try:
@@ -226,8 +235,8 @@ class RehydrationLife:
             finally:
                 await _abandon(disk)
             if promises.snapshot is not None:
-                assert (root / "disk.raw.copy").exists(), "the snapshot has lost its name"
-                copy = await _opened(root, "disk.raw.copy", "state/snapshots/copy")
+                assert (root / f"{PRIMARY}.copy").exists(), "the snapshot has lost its name"
+                copy = await _opened(root, f"{PRIMARY}.copy", f"{STATE}/snapshots/copy")
                 try:
                     assert await read(copy.volume, 0, SIZE) == promises.snapshot
                 finally:

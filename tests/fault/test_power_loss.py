@@ -190,10 +190,11 @@ def _rehydrated(scratch: Path, doomed: Callable[[Operation], bool] = _never) -> 
 @pytest.fixture(scope="module")
 def rehydrated(scratch: Path) -> list[RehydrationLife]:
     """A disk that is rehydrated; and the same where a process dies right before the first commit of its map is
-    flushed."""
+    flushed, or before the name of the map is."""
     whole = _rehydrated(scratch)
-    (commit,) = (call for call in _flushes(whole) if call.purpose.startswith("durable.py:append < map.py"))
-    return [whole, _rehydrated(scratch, _before(commit, 0))]
+    purposes = ("durable.py:append < map.py", "durable.py:rename_durably < durable.py:write_atomic < durable.py:create")
+    calls = [next(call for call in _flushes(whole) if call.purpose.startswith(purpose)) for purpose in purposes]
+    return [whole, *(_rehydrated(scratch, _before(call, 0)) for call in calls)]
 
 
 both = pytest.mark.parametrize("clones", [True, False], ids=["clones", "journal"])
@@ -310,7 +311,8 @@ COVERED = {
     "durable.py:rename_durably < durable.py:write_atomic < external.py:_bind < external.py:begin < journal.py:begin "
     "< store.py:begin_work < replica.py:_begin < replica.py:_open_session": "the first commit flushes the directory",
     "durable.py:__init__ < store.py:create": "the identity is written next into the same directory",
-    "durable.py:_load < durable.py:__init__ < durable.py:create < map.py:create": "it has just been made durable",
+    "durable.py:make_directories < durable.py:make_directories < durable.py:make_directories < hydration.py:_keep_clone "
+    "< hydration.py:snapshot": "--state was made durable when the disk was opened",
     "durable.py:remove_durably < store.py:begin_work < handover.py:_demote": "work is new there: its name is durable "
     "only after the removal is",
 }

@@ -73,7 +73,7 @@ class Guest:
             allowed = {bytes(self.durable[start : start + B])}
             for offset, data in self.since:
                 if offset < start + B and start < offset + len(data):
-                    for one in allowed:
+                    for one in tuple(allowed):
                         now = bytearray(one)
                         low, high = max(offset, start), min(offset + len(data), start + B)
                         now[low - start : high - start] = data[low - offset : high - offset]

@@ -142,8 +142,9 @@ class Log:
     @classmethod
     def create(cls, path: Path, records: Sequence[dict[str, object]]) -> Log:
         """A new log in the place of whatever `path` is, which appears with all these records."""
-        write_atomic(path, b"".join(map(_encode, records)))
-        return cls(path)
+        data = b"".join(map(_encode, records))
+        write_atomic(path, data)
+        return cls(path, at_least=len(data))
 
     def _load(self) -> None:
         with open(self._fd, "rb", closefd=False) as file:
@@ -163,7 +164,7 @@ class Log:
             good = end + 1
         if good < self._at_least:
             raise self._damaged(f"{good} bytes of it are whole, and {self._at_least} were durable")
-        if self.records:
+        if good > self._at_least:
             # A process that died before its flush may have left some in memory only. None is believed, and told to
             # anybody, before it is durable.
             disk.fsync(self._fd)

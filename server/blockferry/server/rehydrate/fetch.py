@@ -22,7 +22,7 @@ from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.flow import ByteBudget, RateLimiter
 from blockferry.common.regions import BLOCK_SIZE, DEFAULT_REGION_SIZE, Run, runs_of
 from blockferry.server.rehydrate.map import HydrationMap
-from blockferry.server.rehydrate.sources import RETRY_SECONDS, TOUCH_SECONDS, TRANSIENT, Sources
+from blockferry.server.rehydrate.sources import RETRY_SECONDS, RETURN_SECONDS, TOUCH_SECONDS, TRANSIENT, Sources
 from pyroaring import BitMap
 
 log = structlog.get_logger("blockferry.rehydrate")
@@ -298,11 +298,17 @@ class Fetcher:
         while (first := cursor.next_unit()) is not None:
             if self._wanted(first):
                 stop = first + 1
-                while stop - first < self._units and cursor.follows(stop) and self._wanted(stop):
+                while stop - first < self._most_units and cursor.follows(stop) and self._wanted(stop):
                     cursor.next_unit()
                     stop += 1
                 return first, stop
         return None
+
+    @property
+    def _most_units(self) -> int:
+        """Of one fetch: about a second's worth where the bandwidth is limited."""
+        limit = self.limiter.rate // (UNIT_BLOCKS * BLOCK_SIZE) if self.limiter.rate else self._units
+        return max(1, min(self._units, limit))
 
     def _wanted(self, unit: int) -> bool:
         first, stop = unit * UNIT_BLOCKS, min((unit + 1) * UNIT_BLOCKS, self._map.blocks)
@@ -346,7 +352,7 @@ class Fetcher:
         """Keep the sources' points from being dropped, until everything is hydrated."""
         while not self._map.complete:
             await self._sources.touch()
-            await asyncio.sleep(TOUCH_SECONDS)
+            await asyncio.sleep(TOUCH_SECONDS if self._sources.whole else RETURN_SECONDS)
 
     async def idle(self) -> None:
         """Wait for what is under way."""

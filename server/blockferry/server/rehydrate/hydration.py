@@ -201,7 +201,9 @@ class Hydration:
             await asyncio.sleep(SAMPLE_SECONDS)
 
     def _left(self) -> int:
-        return self.volume.map.bytes_missing(self.volume.fetcher.allocated)
+        hydration, allocated = self.volume.map, self.volume.fetcher.allocated
+        whole = self.volume.size if allocated is None else hydration.bytes_in(allocated)
+        return whole - hydration.bytes_hydrated(allocated)
 
     # --- what people want to know -------------------------------------------------------------------------------------
 
@@ -209,17 +211,18 @@ class Hydration:
         """How far it is."""
         volume, fetcher, hydration = self.volume, self.volume.fetcher, self.volume.map
         allocated = fetcher.allocated
-        data = 0 if allocated is None else min(volume.size, len(allocated) * volume.block_size)
-        left = 0 if allocated is None else min(data, hydration.bytes_missing(allocated))
-        counts = Counts(volume.size, volume.size - min(volume.size, hydration.bytes_missing()), data, left)
+        data = 0 if allocated is None else hydration.bytes_in(allocated)
+        left = 0 if allocated is None else self._left()
+        counts = Counts(volume.size, hydration.bytes_hydrated(), data, left)
         state = pb.REHYDRATION_STATE_HYDRATING
         problem = ""
         if volume.failed is not None:
             state, problem = pb.REHYDRATION_STATE_FAILED, volume.failed.line()
         elif self.completed.is_set():
             state = pb.REHYDRATION_STATE_COMPLETE
-        elif fetcher.problem:
-            state, problem = pb.REHYDRATION_STATE_HELD_UP, fetcher.problem
+        elif fetcher.problem or all(one.problem for one in self.sources.all):
+            state = pb.REHYDRATION_STATE_HELD_UP
+            problem = fetcher.problem or self.sources.all[0].problem
         elif fetcher.damaged:
             problem = f"no source has {len(fetcher.damaged)} parts whole"
         return pb.RehydrationStatus(
@@ -265,8 +268,7 @@ class Hydration:
         binding = self.volume.map.binding
         binding = Binding(identity, binding.size, binding.snapshot_id, str(target), time.time_ns() // 1000)
         await in_thread(_keep_clone, target, state, binding, hydrated)
-        missing = (binding.blocks - len(hydrated)) * self.volume.block_size
-        return target, state, max(binding.size - missing, 0)
+        return target, state, self.volume.map.bytes_in(hydrated)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from blockferry.common.nbd.server import NbdServer
 from blockferry.common.nbd.uri import NbdListen
 from blockferry.common.tls import complete
 from blockferry.common.units import parse_seconds, parse_size
+from blockferry.server import handshakes
 from blockferry.server.rehydrate import service
 from blockferry.server.rehydrate.hydration import Hydration, Options
 
@@ -197,9 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script."""
     linux.occupy_standard_descriptors()
     arguments = parser().parse_args(argv)
+    handshakes.watch()
     telemetry.configure_logging()
     linux.keep_freed_memory()
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         options = options_of(arguments)
         uvloop.run(serve(options, arguments.nbd, arguments.export, Voice(json=arguments.json, quiet=arguments.quiet)))

@@ -108,6 +108,8 @@ class HydrationMap:
         program made it, and OSError. A damaged map is never taken for one with less in it."""
         path = directory / NAME
         base, durably = _known_to_be_durable(directory)
+        # Whoever made it may have died before its name was durable; the primary is about to get its own.
+        disk.fsync_directory(directory)
         try:
             log = Log(path, at_least=durably)
         except BlockferryError as error:
@@ -173,10 +175,14 @@ class HydrationMap:
         """All that is hydrated is so durably."""
         return not self._pending
 
-    def bytes_missing(self, of: BitMap | None = None) -> int:
-        """Bytes of blocks (of some of them) that are not hydrated; the last block counts as whole."""
-        missing = self.blocks - len(self._hydrated) if of is None else of.difference_cardinality(self._hydrated)
-        return missing * BLOCK_SIZE
+    def bytes_hydrated(self, of: BitMap | None = None) -> int:
+        """Bytes of blocks (of some of them) that are hydrated."""
+        return self.bytes_in(self._hydrated if of is None else of & self._hydrated)
+
+    def bytes_in(self, blocks: BitMap) -> int:
+        """Bytes of blocks; the last one of the volume may be short."""
+        short = self.blocks * BLOCK_SIZE - self.binding.size if self.blocks - 1 in blocks else 0
+        return len(blocks) * BLOCK_SIZE - short
 
     def hydrated(self) -> BitMap:
         """A copy."""

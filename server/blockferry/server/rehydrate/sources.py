@@ -44,6 +44,9 @@ MISMATCH_SECONDS = 30.0
 TOUCH_SECONDS = 15.0
 """Between two looks at each source."""
 
+RETURN_SECONDS = 1.0
+"""The same while one is away."""
+
 TRANSIENT = frozenset({Code.UNAVAILABLE, Code.LIMITED})
 """What may be over if one waits."""
 
@@ -315,6 +318,11 @@ class Sources:
         except BlockferryError as error:
             await source.failed(error)
             raise
+
+    @property
+    def whole(self) -> bool:
+        """Whether none of them is away, as far as is known."""
+        return not any(source.problem for source in self.all)
 
     async def close(self) -> None:
         """Let go of all."""
