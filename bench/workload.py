@@ -35,7 +35,11 @@ def make_image(path: Path, seed: int, extents: list[tuple[int, int]], image_size
         file.truncate(image_size)
         for offset, length in extents:
             file.seek(offset)
-            file.write(generator.randbytes(length))
+            while length:
+                # randbytes() cannot make more than 256 MiB.
+                step = min(length, 64 * MIB)
+                file.write(generator.randbytes(step))
+                length -= step
         file.flush()
         os.fsync(file.fileno())
 

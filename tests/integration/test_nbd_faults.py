@@ -335,7 +335,7 @@ async def test_what_is_offered_read_only_is_never_written(image: Path, tmp_path:
 
 def test_requests_of_a_source_that_others_may_write(server: Server, volume: str, image: Path, tmp_path: Path) -> None:
     """Before the map is drawn the server flushes: what is not on its way to the disk yet may look like a hole. Then
-    each run of regions with data is read in one request, up to a batch of 8 MiB, and nothing else is."""
+    each run of regions with data is read in one request, up to a batch, and nothing else is."""
     map_of_it = ["Flush", f"Extents offset=0x0 count={SIZE:#x} req_one=0"]
     reads = [
         "Read offset=0x100000 count=0x100000",

@@ -224,7 +224,7 @@ def test_where_everything_differs_asking_stops_and_equal_blocks_are_left_alone(
     client: Client, volume: str, tmp_path: Path
 ) -> None:
     """With one buffer batches follow one another: the first teaches, the second is sent whole, the third is asked
-    about again. A batch is 8 MiB, 128 regions of 64 KiB."""
+    about again. A batch is as large as the buffer, here 128 regions of 64 KiB."""
     region_size, batch = 64 * KIB, 8 * MIB
     source = build(tmp_path / "source.img", 3 * batch, [(0, noise("before", 3 * batch))])
     client.sync(source, volume, region_size)

@@ -15,7 +15,7 @@ from blockferry.client.compare import Refiner
 from blockferry.client.plan import Plan
 from blockferry.client.replica import ChangeStream, ReplicaSession
 from blockferry.client.report import Phase, Tally
-from blockferry.common.digests import REGION_DIGEST_SIZE, differing_pieces, digest, digests_of_parts, nonzero_extents
+from blockferry.common.digests import REGION_DIGEST_SIZE, differing_pieces, digest, nonzero_extents
 from blockferry.common.errors import BlockferryError, Code, first_of
 from blockferry.common.flow import BufferPool
 from blockferry.common.framing import Outgoing, encode_unmap, encode_write
@@ -27,8 +27,9 @@ from pyroaring import BitMap
 BYTES_IN_FLIGHT = 64 * 1024 * 1024
 """Default bound in bytes: half for buffers of source data, half for changes on their way."""
 
-BATCH_SIZE = 8 * 1024 * 1024
-"""Bytes of regions handled together: one hand-off to read, one to hash, one question to the destination."""
+BATCH_SIZE = 16 * 1024 * 1024
+"""Bytes of regions handled together, as far as buffers reach: one hand-off to read, one to hash, one question to the
+destination."""
 
 UNMAP_SIZE = 1024 * 1024 * 1024
 """Bytes unmapped by one message, so that very long runs still show progress."""
@@ -74,7 +75,7 @@ class Transfer:
         self._refiner = Refiner(session.key, plan.geometry.region_size)
         # Under a low bandwidth limit small messages: a large one would take long enough to look stuck.
         self._message_size = min(MESSAGE_SIZE, stream.rate // 4) if stream.rate else MESSAGE_SIZE
-        self._batch = max(BATCH_SIZE // plan.geometry.region_size, 1)
+        self._batch = max(min(BATCH_SIZE, buffer_bytes) // plan.geometry.region_size, 1)
         self._buffers = BufferPool(self._batch * plan.geometry.region_size, buffer_bytes)
 
     async def run(self) -> None:
@@ -130,7 +131,8 @@ class Transfer:
     # --- source only: send what is not zero ------------------------------------------------------------------------
 
     async def _send(self, parts: Sequence[Part]) -> None:
-        held = await self._read_held(parts)
+        held = await self._source.read_data_many(parts)
+        self._tally.source_read += sum(length for one in held for _, length in one)
         regions = list(self._regions(parts))
         changes = await in_thread(self._writes_of_parts, parts, held)
         self._tally.changed += len(changes)
@@ -178,17 +180,10 @@ class Transfer:
             self._stream.settle(offset // self._geometry.region_size, 1)
 
     async def _read_and_digest(self, parts: Sequence[Part]) -> bytes:
-        held = await self._read_held(parts)
-        filled = [(data, one) for (_, data), one in zip(parts, held, strict=True)]
-        return await in_thread(
-            digests_of_parts, filled, self._geometry.region_size, self._session.key, REGION_DIGEST_SIZE
-        )
-
-    async def _read_held(self, parts: Sequence[Part]) -> list[list[Run]]:
-        """Fill each part where the source holds data; for each (start, length) of what was filled."""
-        held = await self._source.read_data_many(parts)
+        region_size, key = self._geometry.region_size, self._session.key
+        held, found = await self._source.read_and_digest(parts, region_size, key, REGION_DIGEST_SIZE)
         self._tally.source_read += sum(length for one in held for _, length in one)
-        return held
+        return found
 
     async def _send_again(self, offsets: Sequence[int]) -> None:
         """Send regions whole whose digest did not match after their change. A second mismatch is a broken disk."""

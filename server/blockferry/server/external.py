@@ -322,6 +322,11 @@ class Window(Volume):
     async def read_data_many(self, parts: Sequence[tuple[int, memoryview]]) -> list[list[tuple[int, int]]]:
         return await self._volume.read_data_many(parts)
 
+    async def read_and_digest(
+        self, parts: Sequence[tuple[int, memoryview]], piece_size: int, key: bytes, size: int
+    ) -> tuple[list[list[tuple[int, int]]], bytes]:
+        return await self._volume.read_and_digest(parts, piece_size, key, size)
+
     async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
         await self._volume.write(extents)
 

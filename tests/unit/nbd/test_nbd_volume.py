@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.images import BLOCK, KIB, noise
-from tests.unit.nbd.server import ALL, NbdServer, chunks, clipped, data_chunk, hole_chunk, status_chunk
+from tests.unit.nbd.server import ALL, NbdServer, chunks, clipped, data_chunk, error_chunk, hole_chunk, status_chunk
 
 REGION = 64 * KIB
 CONTENT = noise("volume", 8 * REGION)
@@ -219,6 +219,77 @@ async def test_holes_that_the_reply_tells_of(tmp_path: Path) -> None:
         assert len(server.requests) == 1
         await volume.read_into(BLOCK, memoryview(buffer))
         assert buffer == expected
+
+
+async def test_reads_of_many_parts_overlap(tmp_path: Path) -> None:
+    server = NbdServer(CONTENT)
+    waiting: list[bytes] = []
+
+    def answer(request: transmission.Request, data: bytes) -> bytes:
+        waiting.append(server.right(request, data))
+        return b"".join(waiting) if len(waiting) == 3 else b""
+
+    server.answer = answer
+    async with opened(server, tmp_path) as volume:
+        buffer = memoryview(bytearray(3 * BLOCK))
+        parts = [(offset, buffer[index * BLOCK : (index + 1) * BLOCK]) for index, offset in enumerate((0, REGION, 99))]
+        # Nothing is answered before all three are asked.
+        assert await asyncio.wait_for(volume.read_data_many(parts), 10) == [[(0, BLOCK)]] * 3
+        assert buffer == b"".join(CONTENT[offset : offset + BLOCK] for offset, _ in parts)
+
+
+async def test_a_part_that_cannot_be_read(tmp_path: Path) -> None:
+    server = NbdServer(CONTENT)
+    server.answer = lambda request, data: (
+        chunks(request, error_chunk(Errno.EIO)) if request.offset == REGION else server.right(request, data)
+    )
+    async with opened(server, tmp_path) as volume:
+        parts = [(offset, memoryview(bytearray(BLOCK))) for offset in (0, REGION, 2 * REGION)]
+        with pytest.raises(BlockferryError) as caught:
+            await volume.read_data_many(parts)
+    assert (caught.value.code, caught.value.offset, caught.value.length) == (Code.IO_ERROR, REGION, BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("flags", "extents", "whole"),
+    [
+        (ALL | TransmissionFlag.SEND_DF, 128, True),
+        (ALL | TransmissionFlag.SEND_DF, 126, False),
+        (ALL, 128, False),
+    ],
+)
+async def test_what_is_in_many_pieces_is_asked_for_in_one(
+    tmp_path: Path, flags: TransmissionFlag, extents: int, whole: bool
+) -> None:
+    server = NbdServer(CONTENT, flags=flags)
+    server.status = [(BLOCK, index % 2 * 2) for index in range(extents)]
+    server.status.append((len(CONTENT) - extents * BLOCK, 2))
+    async with opened(server, tmp_path) as volume:
+        buffer = bytearray(REGION)
+        assert await volume.read_data_into(REGION, memoryview(buffer)) == [(0, REGION)]
+        await volume.allocation(REGION)
+        assert await volume.read_data_into(REGION, memoryview(buffer)) == [(0, REGION)]
+        assert buffer == CONTENT[REGION : 2 * REGION]
+    reads = [one.flags for one in server.requests if one.command == Command.READ]
+    assert reads == [0, protocol.CommandFlag.DF if whole else 0]
+
+
+async def test_a_server_that_cannot_answer_in_one_piece(tmp_path: Path) -> None:
+    server = NbdServer(CONTENT, flags=ALL | TransmissionFlag.SEND_DF)
+    server.status = [(BLOCK, index % 2 * 2) for index in range(128)]
+    server.answer = lambda request, data: (
+        chunks(request, error_chunk(Errno.EOVERFLOW))
+        if request.flags & protocol.CommandFlag.DF
+        else server.right(request, data)
+    )
+    async with opened(server, tmp_path) as volume:
+        await volume.allocation(REGION)
+        buffer = bytearray(REGION)
+        for _ in range(2):
+            assert await volume.read_data_into(REGION, memoryview(buffer)) == [(0, REGION)]
+            assert buffer == CONTENT[REGION : 2 * REGION]
+    reads = [one.flags for one in server.requests if one.command == Command.READ]
+    assert reads == [protocol.CommandFlag.DF, 0, 0]
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

@@ -114,10 +114,13 @@ class NbdClient:
 
     # --- requests ---------------------------------------------------------------------------------------------------
 
-    async def read_into(self, offset: int, buffer: memoryview, *, sparse: bool = False) -> list[Extent]:
+    async def read_into(
+        self, offset: int, buffer: memoryview, *, sparse: bool = False, whole: bool = False
+    ) -> list[Extent]:
         """Fill `buffer`. Returns the merged (start, length) in it of what the server says is zeros, as far as it says
         so; `sparse` leaves these as they were. What does not begin or end at the server's minimum block size is read
-        with its surroundings."""
+        with its surroundings. `whole`, where the export can SEND_DF: no holes, and each request is answered in one
+        piece; raises UNSUPPORTED where that is too large for the server."""
         unit, end = self.export.minimum, offset + len(buffer)
         first, last = -(-offset // unit) * unit, end if end == self.export.size else end // unit * unit
         if first > last:
@@ -131,8 +134,9 @@ class NbdClient:
         if first == last:
             return []
         middle = buffer[first - offset : last - offset]
+        flags = int(CommandFlag.DF) if whole else 0
         pending = [
-            (Pending(Command.READ, first + start, length, middle[start : start + length], sparse=sparse), 0, None)
+            (Pending(Command.READ, first + start, length, middle[start : start + length], sparse=sparse), flags, None)
             for start, length in _pieces(len(middle), self.export.maximum)
         ]
         await self._run(pending)

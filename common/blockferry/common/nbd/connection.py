@@ -509,6 +509,7 @@ _REFUSALS: dict[int, tuple[Code, str]] = {
     protocol.Errno.EPERM: (Code.READ_ONLY, "check whether the server allows it"),
     protocol.Errno.ENOSPC: (Code.OUT_OF_SPACE, "free or add space, then run it again"),
     protocol.Errno.ENOTSUP: (Code.UNSUPPORTED, "check what the server supports"),
+    protocol.Errno.EOVERFLOW: (Code.UNSUPPORTED, "let the server answer in pieces"),
     protocol.Errno.ESHUTDOWN: (Code.UNAVAILABLE, "start the server again"),
 }
 

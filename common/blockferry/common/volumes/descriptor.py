@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blockferry.common import disk, linux
-from blockferry.common.digests import Data
+from blockferry.common.digests import Data, digest_size, fill_and_digest
 from blockferry.common.errors import BlockferryError, Code, from_os_error
-from blockferry.common.regions import BLOCK_SIZE
-from blockferry.common.volumes.volume import Volume, in_thread
+from blockferry.common.regions import BLOCK_SIZE, Run, group_runs
+from blockferry.common.volumes.volume import READ_SIZE, Volume, in_thread
+
+CACHED_SIZE = 1024 * 1024
+"""Bytes read and hashed before the next are read: they fit into the cache of a core (docs/performance.md)."""
 
 
 class DescriptorVolume(Volume):
@@ -111,6 +114,55 @@ class DescriptorVolume(Volume):
         for start, length in found:
             self._read_into(offset + start, buffer[start : start + length])
         return found
+
+    async def read_and_digest(
+        self, parts: Sequence[tuple[int, memoryview]], piece_size: int, key: bytes, size: int
+    ) -> tuple[list[list[tuple[int, int]]], bytes]:
+        return await in_thread(self._read_and_digest, parts, piece_size, key, size)
+
+    def _read_and_digest(
+        self, parts: Sequence[tuple[int, memoryview]], piece_size: int, key: bytes, size: int
+    ) -> tuple[list[list[tuple[int, int]]], bytes]:
+        """In one hand-off, and little by little: what is hashed is still in the processor's cache."""
+        step = max(CACHED_SIZE, piece_size)
+        everything: list[list[tuple[int, int]]] = []
+        found: list[bytes] = []
+        for offset, buffer in parts:
+            held: list[tuple[int, int]] = []
+            for start in range(0, len(buffer), step):
+                data = buffer[start : start + step]
+                extents = self._read_data_into(offset + start, data)
+                found.append(fill_and_digest(data, extents, piece_size, key, size))
+                held += [(start + begin, length) for begin, length in extents]
+            everything.append(held)
+        return everything, b"".join(found)
+
+    async def read_digests(
+        self, piece_size: int, pieces: Sequence[Run], key: bytes, region_size: int
+    ) -> tuple[bytes, int]:
+        size = digest_size(piece_size, region_size)
+        buffer = memoryview(bytearray(max(CACHED_SIZE, piece_size)))
+        found, read = [], 0
+        for group in group_runs(pieces, max(READ_SIZE // piece_size, 1)):
+            extents = [(first * piece_size, count * piece_size) for first, count in group]
+            digests, held = await in_thread(self._digest_all, extents, buffer, piece_size, key, size)
+            found.append(digests)
+            read += held
+        return b"".join(found), read
+
+    def _digest_all(
+        self, extents: Sequence[tuple[int, int]], buffer: memoryview, piece_size: int, key: bytes, size: int
+    ) -> tuple[bytes, int]:
+        """Of what nobody wants to keep: the same memory is read into again and again."""
+        found, read = [], 0
+        for offset, length in extents:
+            end = min(offset + length, self.size)
+            for start in range(offset, end, len(buffer)):
+                data = buffer[: end - start]
+                held, digests = self._read_and_digest([(start, data)], piece_size, key, size)
+                found.append(digests)
+                read += sum(length for _, length in held[0])
+        return b"".join(found), read
 
     def refuse_read_only(self) -> None:
         """Raise READ_ONLY unless the volume was opened for writing."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from blockferry.common.config import Tls
 from blockferry.common.digests import Data, zeros
@@ -19,11 +21,16 @@ from blockferry.common.nbd.client import NbdClient
 from blockferry.common.nbd.protocol import MAX_STATUS, TransmissionFlag
 from blockferry.common.nbd.uri import NbdUri
 from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Provenance
-from blockferry.common.volumes.volume import Volume, in_thread
+from blockferry.common.volumes.volume import MANY_EXTENTS, Volume, in_thread
 from pyroaring import BitMap
+
+T = TypeVar("T")
 
 STATUS_REQUESTS = 8
 """Block status requests in flight while a map is drawn: the round trips of a large volume overlap."""
+
+FRAGMENTED_UNIT = 1024 * 1024
+"""Bytes of the ranges of which it is known whether they are in many pieces."""
 
 
 class NbdVolume(Volume):
@@ -40,6 +47,10 @@ class NbdVolume(Volume):
         self._writable = writable
         self._flushes = export.can(TransmissionFlag.SEND_FLUSH)
         self._zeroes = export.can(TransmissionFlag.SEND_WRITE_ZEROES)
+        self._reads_whole = export.can(TransmissionFlag.SEND_DF)
+        self._fragmented = BitMap()
+        """Ranges of FRAGMENTED_UNIT with many extents, as the map was drawn last: a structured reply would have a chunk
+        for each of them, and a step of Python for each chunk takes longer than receiving the zeros between them."""
 
     @classmethod
     async def open(
@@ -90,24 +101,17 @@ class NbdVolume(Volume):
             # Delayed allocation at the server: what is not on its way to the disk yet may be reported as a hole.
             await self._client.flush()
         regions = BitMap()
+        self._fragmented.clear()
         parts = ((start, min(MAX_STATUS, self.size - start)) for start in range(0, self.size, MAX_STATUS))
-        failure: BlockferryError | None = None
 
         async def look() -> None:
             nonlocal regions
             for offset, length in parts:
                 async for extents in self._client.data_extents(offset, length):
+                    self._fragmented |= _fragmented(extents)
                     regions |= AllocationMap.from_extents(geometry, extents, Provenance.EXACT).regions
 
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for number in range(STATUS_REQUESTS):
-                    tasks.create_task(look(), name=f"block-status-{number}")
-        except* BlockferryError as group:
-            failure = first_of(group)
-        if failure is not None:
-            # Not raised above: before Python 3.11.4 whatever leaves an `except*` is wrapped in a group again.
-            raise failure
+        await _side_by_side("block-status", [look() for _ in range(STATUS_REQUESTS)])
         return AllocationMap(geometry, regions, Provenance.EXACT)
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -115,6 +119,14 @@ class NbdVolume(Volume):
 
     async def read_data_into(self, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
         """Holes are those that the structured reply itself tells of, which costs nothing; qemu-nbd does."""
+        if self._reads_whole and offset // FRAGMENTED_UNIT in self._fragmented:
+            try:
+                await self._client.read_into(offset, buffer, whole=True)
+                return [(0, len(buffer))]
+            except BlockferryError as error:
+                if error.code is not Code.UNSUPPORTED:
+                    raise
+                self._reads_whole = False
         holes = await self._client.read_into(offset, buffer, sparse=True)
         found, position = [], 0
         for start, end in _whole_blocks(buffer, holes):
@@ -124,6 +136,9 @@ class NbdVolume(Volume):
         if position < len(buffer):
             found.append((position, len(buffer) - position))
         return found
+
+    async def read_data_many(self, parts: Sequence[tuple[int, memoryview]]) -> list[list[tuple[int, int]]]:
+        return await _side_by_side("read", [self.read_data_into(offset, buffer) for offset, buffer in parts])
 
     async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
         self._require_writable("cannot write")
@@ -222,6 +237,28 @@ def _check_usable(client: NbdClient, writable: bool) -> None:
             f"the server writes in blocks of {export.minimum} bytes, and changes have {BLOCK_SIZE}",
             "let the server offer smaller blocks, such as by nbdkit's blocksize filter",
         )
+
+
+async def _side_by_side(name: str, work: Iterable[Coroutine[object, object, T]]) -> list[T]:
+    """The results of all, whose round trips overlap. The first that fails ends the others and is raised."""
+    failure: BlockferryError | None = None
+    running: list[asyncio.Task[T]] = []
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for number, one in enumerate(work):
+                running.append(tasks.create_task(one, name=f"{name}-{number}"))
+    except* BlockferryError as group:
+        failure = first_of(group)
+    if failure is not None:
+        # Not raised above: before Python 3.11.4 whatever leaves an `except*` is wrapped in a group again.
+        raise failure
+    return [one.result() for one in running]
+
+
+def _fragmented(extents: Sequence[tuple[int, int]]) -> BitMap:
+    """The numbers of the FRAGMENTED_UNITs in which many of these (offset, length) begin."""
+    begun = Counter(offset // FRAGMENTED_UNIT for offset, _ in extents)
+    return BitMap([number for number, count in begun.items() if count >= MANY_EXTENTS])
 
 
 def _whole_blocks(buffer: memoryview, holes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:

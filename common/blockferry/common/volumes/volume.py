@@ -120,6 +120,15 @@ class Volume(abc.ABC):
         """Consecutive (length, flags) from `offset`, of one of `contexts`; they may end before the range does."""
         raise NotImplementedError
 
+    async def read_and_digest(
+        self, parts: Sequence[tuple[int, memoryview]], piece_size: int, key: bytes, size: int
+    ) -> tuple[list[list[tuple[int, int]]], bytes]:
+        """As `read_data_many`, and what was not filled reads as zeros in the buffers then; with it the keyed digests,
+        of `size` bytes each, of the pieces of all parts. Each part begins with a piece."""
+        held = await self.read_data_many(parts)
+        filled = [(buffer, one) for (_, buffer), one in zip(parts, held, strict=True)]
+        return held, await in_thread(digests_of_parts, filled, piece_size, key, size)
+
     @abc.abstractmethod
     async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
         """Write each (offset, data). Returns when readable, not when durable."""
@@ -189,10 +198,9 @@ class Volume(abc.ABC):
         found, read = [], 0
         for group in group_runs(pieces, max(READ_SIZE // piece_size, 1)):
             parts = parts_of(buffer, [(first * piece_size, count * piece_size) for first, count in group], self.size)
-            held = await self.read_data_many(parts)
+            held, digests = await self.read_and_digest(parts, piece_size, key, size)
             read += sum(length for one in held for _, length in one)
-            filled = [(part, one) for (_, part), one in zip(parts, held, strict=True)]
-            found.append(await in_thread(digests_of_parts, filled, piece_size, key, size))
+            found.append(digests)
         return b"".join(found), read
 
 
