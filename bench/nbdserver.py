@@ -92,7 +92,9 @@ def _random(uri: str, directory: Path, seconds: int) -> float:
         ],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
-    return float(json.loads(done.stdout)["jobs"][0]["read"]["iops"])
+    # Notes come before it.
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    return float(found["jobs"][0]["read"]["iops"])
 
 
 def _sequential(uri: str, connections: int) -> float:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,6 +31,24 @@ BOUND = 20.0
 """Seconds after which something hangs."""
 
 _numbers = itertools.count(1)
+
+
+def opener(image: Path, *, writable: bool = True) -> Callable[[], Awaitable[Volume]]:
+    """What opens an image, again and again."""
+    return functools.partial(ImageVolume.open, image, writable=writable)
+
+
+# Its module is for the distribution's Python alone, which nbdsh looks for in PATH.
+PEERS = {**os.environ, "PATH": f"/usr/bin:{os.environ['PATH']}"}
+
+
+def run(*words: object) -> str:
+    """A peer that must succeed; what it printed."""
+    done = subprocess.run(
+        [str(word) for word in words], env=PEERS, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, f"{words}\n{done.stdout}{done.stderr}"
+    return done.stdout
 
 
 @dataclass

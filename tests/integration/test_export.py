@@ -186,10 +186,10 @@ def test_writes_are_thrown_away(server: Server, volume: str, source: Path, tmp_p
     with exported(server.url(volume), *flags) as one:
         assert (one.report["writes"], one.report["scratch_limit"]) == ("thrown away", 2 * MIB)
         said = qemu_io(
-            one.uri, "write -P 0x11 100 10", "write -P 0x22 3M 64k", "write -z 512k 64k", "flush", "discard 0 4k",
-            "read -P 0x11 100 10", "read -P 0 0 100", "read -P 0x22 3M 64k", "read -P 0 512k 64k",
+            one.uri, "write -P 0x11 100 10", "write -P 0x22 3M 64k", "write -z 512k 64k", "flush",
+            "read -P 0x11 100 10", "discard 0 4k", "read -P 0 0 100", "read -P 0x22 3M 64k", "read -P 0 512k 64k",
         )  # fmt: skip
-        assert "failed" not in said.replace("read -P 0x11", ""), said
+        assert "failed" not in said, said
         copy = tmp_path / "copy.raw"
         run("nbdcopy", one.uri, copy)
         expected = bytearray(content)
