@@ -66,11 +66,13 @@ soak: $(READY) ## thousands of kills at random instants, and a hundred thousand 
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_NBD_EXAMPLES=$(or $(HISTORIES),2000) deploy/isolate \
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/integration/test_nbd_server.py -k history
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_SOAK_KILLS=$(or $(KILLS),2000) deploy/isolate \
-		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/soak
+		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/soak tests/fault/test_rehydration_crashes.py
+	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_REHYDRATE_SECONDS=600 deploy/isolate \
+		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/integration/test_rehydrate.py -k verified
 
 .PHONY: system
 system: $(READY) ## two hosts in network namespaces of their own (root)
-	@deploy/packages tests iproute2
+	@deploy/packages tests iproute2 mmdebstrap qemu-system-x86
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && deploy/isolate \
 		$(BIN)/python -m pytest --basetemp="$$base/tests" tests/system
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from blockferry.common.durable import make_directories
+from blockferry.common import disk
 from blockferry.common.volumes import ImageVolume
 from blockferry.server.rehydrate import map as maps
 from blockferry.server.rehydrate.hydration import Hydration, Options
@@ -136,8 +136,8 @@ class RehydrationLife:
     async def live(self) -> None:
         """All of it; whoever dies on the way is followed by another process, which does the rest."""
         with small_maps(), self.recorder.recording():
-            make_directories((self._root / PRIMARY).parent)
             for step in (
+                self._make_home,
                 self._open,
                 lambda: self._write(2 * B, pattern(3, 2 * B)),
                 self._flush,
@@ -170,6 +170,7 @@ class RehydrationLife:
             if self._disk is not None:
                 await _abandon(self._disk)
                 self._disk = None
+            await self._make_home()
             await self._open()
             # The next process's guest makes sure of what it sees.
             await self._flush()
@@ -179,6 +180,13 @@ class RehydrationLife:
         """The process at work."""
         assert self._disk is not None
         return self._disk
+
+    async def _make_home(self) -> None:
+        """What an administrator does beforehand."""
+        home = (self._root / PRIMARY).parent
+        if not home.is_dir():
+            disk.make_directory(home)
+        disk.fsync_directory(self._root)
 
     async def _content(self) -> bytes:
         return await read(self.disk.volume, 0, SIZE)

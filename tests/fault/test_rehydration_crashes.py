@@ -232,6 +232,7 @@ async def test_it_dies_at_random_instants(home: Path, replica: tuple[str, bytes]
         await asyncio.sleep(rng.uniform(0, SECONDS))
         os.kill(disk.pid, 9)
         assert not await using
+        disk.kill()
         deaths += 1
     await _recovers(disk, guest)
     print(f"{deaths} deaths survived")

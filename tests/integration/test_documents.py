@@ -25,7 +25,8 @@ from blockferry.common.rpc import to_status
 from blockferry.common.volumes import nbd
 from blockferry.server import base, changes, clones, content, identity, journal, pool, scrub, scrubber, space, store
 from blockferry.server.arguments import configuration
-from blockferry.v1 import replicas_pb2, replication_pb2
+from blockferry.server.rehydrate import main as rehydrate
+from blockferry.v1 import rehydration_pb2, replicas_pb2, replication_pb2
 
 from bench.nbd import MOST_RATIO
 from bench.peers import blockferry, script, serving
@@ -68,7 +69,10 @@ def test_commands_of_the_documents_are_commands() -> None:
     lines = {path.name: [line.split() for line in code_blocks(path)] for path in DOCUMENTS}
     clients = [words for found in lines.values() for words in found if words[:1] == ["blockferry"]]
     servers = [words for found in lines.values() for words in found if words[:1] == ["blockferry-server"]]
-    assert (len(clients), len(servers)) == (49, 8)
+    disks = [words for found in lines.values() for words in found if words[:1] == ["blockferry-rehydrate"]]
+    assert (len(clients), len(servers), len(disks)) == (53, 8, 2)
+    for words in disks:
+        rehydrate.parser().parse_args(words[1:])
     for words in clients:
         build_parser().parse_args(words[1:])
     assert [words[1:] for words in servers if "--config" in words] == [["--config", "/etc/blockferry/server.toml"]] * 2
@@ -90,16 +94,17 @@ def test_commands_in_the_text_are_commands() -> None:
     assert len(complete) == 1
     for words in complete:
         build_parser().parse_args(words[1:])
-    known = re.findall(r"^    ([a-z]+) ", build_parser().format_help(), re.MULTILINE)
-    assert {"plan", "sync", "verify", "volume", "replica", "pool", "pki", "config"} == set(known)
+    known = re.findall(r"^    ([a-z]+)(?: |$)", build_parser().format_help(), re.MULTILINE)
+    assert {"plan", "sync", "verify", "volume", "replica", "pool", "rehydration", "pki", "config"} == set(known)
     assert {span.split()[1] for span in spans} <= set(known)
 
 
 def test_flags_of_the_documents_exist() -> None:
     """Code that begins with a flag means one of ours; flags of other programs come after the program's name."""
     named = {flag for path in DOCUMENTS for flag in re.findall(r"`(--[a-z][a-z-]*)", path.read_text())}
-    commands = ("sync", "plan", "replica demote", "replica adopt", "replica export")
-    helped = [run_help("blockferry-server"), *(run_help("blockferry", *words.split()) for words in commands)]
+    commands = ("sync", "plan", "replica demote", "replica adopt", "replica export", "rehydration snapshot")
+    programs = ("blockferry-server", "blockferry-rehydrate")
+    helped = [*map(run_help, programs), *(run_help("blockferry", *words.split()) for words in commands)]
     known = {flag for text in helped for flag in re.findall(r"--[a-z][a-z-]*", text)}
     assert {"--keep", "--keep-at-least", "--keep-changes", "--live"} <= named <= known
 
@@ -203,11 +208,11 @@ def test_every_file_of_a_replica_is_described() -> None:
 def test_every_call_and_field_of_a_request_is_described() -> None:
     calls = {
         method.name
-        for file in (replication_pb2, replicas_pb2)
+        for file in (replication_pb2, replicas_pb2, rehydration_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }
-    assert len(calls) == 19
+    assert len(calls) == 22
     assert {call for call in calls if call not in PROTOCOL} == set()
     for message in ("OpenSessionRequest", "ApplyChangesRequest", "ApplyChangesResponse", "SessionCommit"):
         fields = replication_pb2.DESCRIPTOR.message_types_by_name[message].fields_by_name

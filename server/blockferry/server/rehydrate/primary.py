@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockferry.common import disk, linux
-from blockferry.common.durable import rename_durably
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.nbd.uri import is_nbd_uri
 from blockferry.common.regions import DEFAULT_REGION_SIZE, Provenance
@@ -112,7 +111,10 @@ def _give_its_name(path: Path, binding: Binding) -> None:
     new = _new_name(path)
     if new.exists() and _identity_at(new) == binding.primary:
         disk.crash_point("rehydrate-image-bound")
-        rename_durably(new, path)
+        disk.rename(new, path)
+    # Also where another process has renamed it, and died before that was durable.
+    disk.crash_point("rehydrate-image-named")
+    disk.fsync_directory(path.parent)
 
 
 def _new_name(path: Path) -> Path:
