@@ -68,7 +68,7 @@ soak: $(READY) ## thousands of kills at random instants, and a hundred thousand 
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_NBD_EXAMPLES=$(or $(HISTORIES),2000) deploy/isolate \
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/integration/test_nbd_server.py -k history
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_SOAK_KILLS=$(or $(KILLS),2000) deploy/isolate \
-		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/soak
+		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/soak tests/fault/test_rehydration_crashes.py
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_CRASH_PASSES=4 deploy/isolate \
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" \
 		tests/fault/test_cycle_crashes.py tests/fault/test_group_commits.py
@@ -76,10 +76,12 @@ soak: $(READY) ## thousands of kills at random instants, and a hundred thousand 
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" -k 16_tib tests/integration/test_archive_create.py
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_CRASH_STEP=1 deploy/isolate \
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/fault/test_archive_crashes.py
+	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_REHYDRATE_SECONDS=600 deploy/isolate \
+		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/integration/test_rehydrate.py -k verified
 
 .PHONY: system
-system: $(READY) ## two hosts in network namespaces of their own, and a real S3 (root)
-	@deploy/packages tests iproute2 gateway
+system: $(READY) ## two hosts in network namespaces of their own, a real S3, and a virtual machine (root)
+	@deploy/packages tests iproute2 gateway mmdebstrap qemu-system-x86
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && deploy/isolate \
 		$(BIN)/python -m pytest --basetemp="$$base/tests" tests/system
 

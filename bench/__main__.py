@@ -14,13 +14,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import agents, allocation, archive, commits, datapath, floor, nbd, nbdserver, schedule, tracking
+from bench import agents, allocation, archive, commits, datapath, floor, nbd, nbdserver, rehydrate, schedule, tracking
 
 ENTRIES = {
     allocation.NAME: allocation.measure,
     datapath.NAME: datapath.measure,
     nbd.NAME: nbd.measure,
     nbdserver.NAME: nbdserver.measure,
+    rehydrate.NAME: rehydrate.measure,
     datapath.TLS_NAME: datapath.measure_tls,
     commits.NAME: commits.measure,
     floor.NAME: floor.measure,

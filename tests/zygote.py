@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = Path(sys.executable).parent
-NAMES = ("blockferry", "blockferry-server", "blockferry-agent", "archive-life")
+NAMES = ("blockferry", "blockferry-server", "blockferry-agent", "blockferry-rehydrate", "archive-life")
 """The last is no program of an installation: tests/fault/archive_life.py."""
 
 _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
@@ -98,6 +98,7 @@ def _main_of(name: str) -> Callable[[], int]:
             main,
             pki,
             pools,
+            rehydration,
             replicate,
         )
         from blockferry.common.archive import directory, reader  # noqa: F401
@@ -111,6 +112,10 @@ def _main_of(name: str) -> Callable[[], int]:
         from tests.fault import archive_life
 
         return archive_life.main
+    if name == "blockferry-rehydrate":
+        from blockferry.server.rehydrate import main as rehydrate
+
+        return rehydrate.main
     from blockferry.server import main as server
 
     return server.main

@@ -43,6 +43,7 @@ from tests.fault.powerloss import (
     State,
     on_a_state,
 )
+from tests.fault.rehydration_lives import RehydrationLife
 
 SEED = 20240229
 RANDOM_DEATHS = 15
@@ -179,6 +180,23 @@ def handed_over(scratch: Path) -> list[Recorded]:
     return [*found, device]
 
 
+def _rehydrated(scratch: Path, doomed: Callable[[Operation], bool] = _never) -> RehydrationLife:
+    with tempfile.TemporaryDirectory(dir=scratch) as root:
+        life = RehydrationLife(Path(root), doomed=doomed)
+        asyncio.run(life.live())
+    return life
+
+
+@pytest.fixture(scope="module")
+def rehydrated(scratch: Path) -> list[RehydrationLife]:
+    """A disk that is rehydrated; and the same where a process dies right before the first commit of its map is
+    flushed, or before the name of the map is."""
+    whole = _rehydrated(scratch)
+    purposes = ("durable.py:append < map.py", "durable.py:rename_durably < durable.py:write_atomic < durable.py:create")
+    calls = [next(call for call in _flushes(whole) if call.purpose.startswith(purpose)) for purpose in purposes]
+    return [whole, *(_rehydrated(scratch, _before(call, 0)) for call in calls)]
+
+
 both = pytest.mark.parametrize("clones", [True, False], ids=["clones", "journal"])
 
 
@@ -199,6 +217,29 @@ def test_every_promise_of_a_handover_survives_a_power_failure(scratch: Path, han
         verdict = asyncio.run(go_through(life, scratch))
         assert verdict.broken == []
         assert verdict.states > len(life.log) // 2
+
+
+def test_every_promise_of_a_rehydration_survives_a_power_failure(
+    scratch: Path, rehydrated: list[RehydrationLife]
+) -> None:
+    for life in rehydrated:
+        verdict = asyncio.run(go_through(life, scratch, samples=2))
+        assert verdict.broken == []
+        assert verdict.states > len(life.log)
+
+
+def test_promises_of_a_rehydration_that_goes_on(scratch: Path, rehydrated: list[RehydrationLife]) -> None:
+    """A process dies right before each flush, or anywhere; the next one finds what was written, but not flushed."""
+    rng = random.Random(SEED)
+    whole = rehydrated[0]
+    changes = sum(not isinstance(operation, Mark) for operation in whole.log)
+    deaths = [_before(call, 0) for call in _flushes(whole) if call.site]
+    deaths += [_at(rng.randrange(changes)) for _ in range(RANDOM_DEATHS)]
+    for doomed in deaths:
+        life = _rehydrated(scratch, doomed)
+        assert life.died_at is not None
+        verdict = asyncio.run(go_through(life, scratch, start=life.died_at, stop=life.died_at + AFTER_DEATH, samples=1))
+        assert verdict.broken == []
 
 
 @both
@@ -255,6 +296,8 @@ _UNDO = (
     "< store.py:seal"
 )
 
+_MADE = " < ".join(["durable.py:make_directories"] * 3)
+
 _WORK = "durable.py:rename_durably < durable.py:write_atomic < delta.py:save < overlay.py:flush"
 
 COVERED = {
@@ -270,6 +313,7 @@ COVERED = {
     "durable.py:rename_durably < durable.py:write_atomic < external.py:_bind < external.py:begin < journal.py:begin "
     "< store.py:begin_work < replica.py:_begin < replica.py:_open_session": "the first commit flushes the directory",
     "durable.py:__init__ < store.py:create": "the identity is written next into the same directory",
+    f"{_MADE} < hydration.py:_keep_clone < hydration.py:snapshot": "--state was made durable when it was opened",
     "durable.py:remove_durably < store.py:begin_work < handover.py:_demote": "work is new there: its name is durable "
     "only after the removal is",
 }
@@ -277,7 +321,9 @@ COVERED = {
 
 
 @pytest.fixture(scope="module")
-def proofs(scratch: Path, lives: dict[bool, Life], handed_over: list[Recorded]) -> list[Recorded]:
+def proofs(
+    scratch: Path, lives: dict[bool, Life], handed_over: list[Recorded], rehydrated: list[RehydrationLife]
+) -> list[Recorded]:
     """Lives that show between them what each flush is for."""
     commits = [call for call in _flushes(lives[True]) if "commit" in call.purpose and "append" in call.purpose]
     taken_over = [_lived(scratch, clones=True, doomed=_before(call, 0)) for call in commits]
@@ -285,7 +331,7 @@ def proofs(scratch: Path, lives: dict[bool, Life], handed_over: list[Recorded]) 
     for log in logs:
         with tempfile.TemporaryDirectory(dir=scratch) as root:
             log.live(Path(root))
-    return [lives[True], lives[False], *taken_over, *logs, *handed_over]
+    return [lives[True], lives[False], *taken_over, *logs, *handed_over, *rehydrated]
 
 
 @pytest.mark.parametrize(

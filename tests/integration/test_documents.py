@@ -38,7 +38,8 @@ from blockferry.server import (
     store,
 )
 from blockferry.server.arguments import configuration
-from blockferry.v1 import replicas_pb2, replication_pb2
+from blockferry.server.rehydrate import main as rehydrate
+from blockferry.v1 import rehydration_pb2, replicas_pb2, replication_pb2
 
 from bench.nbd import MOST_RATIO
 from bench.peers import blockferry, script, serving
@@ -82,7 +83,10 @@ def test_commands_of_the_documents_are_commands() -> None:
     lines = {path.name: [line.split() for line in code_blocks(path)] for path in DOCUMENTS}
     clients = [words for found in lines.values() for words in found if words[:1] == ["blockferry"]]
     servers = [words for found in lines.values() for words in found if words[:1] == ["blockferry-server"]]
-    assert (len(clients), len(servers)) == (69, 8)
+    disks = [words for found in lines.values() for words in found if words[:1] == ["blockferry-rehydrate"]]
+    assert (len(clients), len(servers), len(disks)) == (71, 8, 2)
+    for words in disks:
+        rehydrate.parser().parse_args(words[1:])
     for words in clients:
         build_parser().parse_args(words[1:])
     assert [words[1:] for words in servers if "--config" in words] == [["--config", "/etc/blockferry/server.toml"]] * 2
@@ -104,9 +108,9 @@ def test_commands_in_the_text_are_commands() -> None:
     assert len(complete) == 2
     for words in complete:
         build_parser().parse_args(words[1:])
-    known = re.findall(r"^    ([a-z]+) ", build_parser().format_help(), re.MULTILINE)
+    known = re.findall(r"^    ([a-z]+)(?: |$)", build_parser().format_help(), re.MULTILINE)
     assert {
-        "plan", "sync", "verify", "volume", "replica", "pool", "archive", "agent", "status", "pki", "config",
+        "plan", "sync", "verify", "volume", "replica", "pool", "archive", "agent", "status", "rehydration", "pki", "config",
     } == set(known)  # fmt: skip
     assert {span.split()[1] for span in spans} <= set(known)
 
@@ -121,11 +125,13 @@ def test_flags_of_the_documents_exist() -> None:
         "replica adopt",
         "replica export",
         "agent sync",
+        "rehydration snapshot",
         "archive create",
         "archive restore",
         "archive verify",
     )
-    helped = [run_help("blockferry-server"), *(run_help("blockferry", *words.split()) for words in commands)]
+    programs = ("blockferry-server", "blockferry-rehydrate")
+    helped = [*map(run_help, programs), *(run_help("blockferry", *words.split()) for words in commands)]
     known = {flag for text in helped for flag in re.findall(r"--[a-z][a-z-]*", text)}
     assert {"--keep", "--keep-at-least", "--keep-changes", "--live"} <= named <= known
 
@@ -231,11 +237,11 @@ def test_every_file_of_a_replica_is_described() -> None:
 def test_every_call_and_field_of_a_request_is_described() -> None:
     calls = {
         method.name
-        for file in (replication_pb2, replicas_pb2)
+        for file in (replication_pb2, replicas_pb2, rehydration_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }
-    assert len(calls) == 19
+    assert len(calls) == 22
     assert {call for call in calls if call not in PROTOCOL} == set()
     for message in ("OpenSessionRequest", "ApplyChangesRequest", "ApplyChangesResponse", "SessionCommit"):
         fields = replication_pb2.DESCRIPTOR.message_types_by_name[message].fields_by_name

@@ -71,7 +71,7 @@ def test_the_wheel_has_every_module(site: Path) -> None:
     assert modules(site) == set().union(*(modules(ROOT / root) for root in SOURCE_ROOTS))
 
 
-SCRIPTS = ["blockferry", "blockferry-agent", "blockferry-server"]
+SCRIPTS = ["blockferry", "blockferry-agent", "blockferry-rehydrate", "blockferry-server"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -203,6 +203,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_agent(commands, add)
 
+    rehydration = commands.add_parser("rehydration", help="look at a disk that is being rehydrated").add_subparsers(
+        dest="subcommand", required=True, metavar="COMMAND"
+    )
+    add(rehydration, "show", "show how far it is, how long requests wait, and what it waits for")
+    add(rehydration, "watch", "show progress until everything is hydrated")
+    copied = add(rehydration, "snapshot", "copy the primary and its map as they are at one moment, without stopping it")
+    copied.add_argument("--name", required=True, type=argument(check_volume_name), help="what it is to be called")
+    for one in rehydration.choices.values():
+        one.add_argument(
+            "address", metavar="ADDRESS", help="its --state directory, or grpc+unix:///DIR/rehydration.sock"
+        )
+
     config = commands.add_parser("config", help="look at configuration files").add_subparsers(
         dest="subcommand", required=True, metavar="COMMAND"
     )
@@ -390,9 +402,15 @@ def _find(arguments: argparse.Namespace) -> Command:
         from blockferry.client.cli import archive_read
 
         return archive_read.COMMANDS[name]
-    from blockferry.client.cli import config, handover, pools, replicate
+    from blockferry.client.cli import config, handover, pools, rehydration, replicate
 
-    return {**replicate.COMMANDS, **handover.COMMANDS, **pools.COMMANDS, **config.COMMANDS}[name]
+    return {
+        **replicate.COMMANDS,
+        **handover.COMMANDS,
+        **pools.COMMANDS,
+        **config.COMMANDS,
+        **rehydration.COMMANDS,
+    }[name]
 
 
 async def _run(command: Command, arguments: argparse.Namespace, console: Console) -> int:
