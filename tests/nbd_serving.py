@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import uvloop
-from blockferry.common.settings import Tls
 from blockferry.common.nbd.export import Export
 from blockferry.common.nbd.peer import Limits
 from blockferry.common.nbd.server import NbdServer
 from blockferry.common.nbd.uri import NbdListen
+from blockferry.common.settings import Tls
 from blockferry.common.tls import server_context
 from blockferry.common.volumes import ImageVolume, Volume
 

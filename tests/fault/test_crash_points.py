@@ -51,7 +51,11 @@ ARCHIVING = {
 """Of archives, which no sync comes by: gone through in tests/integration/test_archive_*.py."""
 
 BOTH = _named(blockferry.common) - ARCHIVING
-SERVER = {name for name in _named(blockferry.server) if not name.startswith(("device-", "group-", "start-group-", "rehydrate-"))}
+SERVER = {
+    name
+    for name in _named(blockferry.server)
+    if not name.startswith(("device-", "group-", "start-group-", "rehydrate-"))
+}
 """Those of devices alone are gone through in test_device_crashes.py, those of several commits in one in
 test_group_commits.py, those of disks that are rehydrated in test_rehydration_crashes.py."""
 CLIENT = {name for name in _named(blockferry.client) - ARCHIVING if not name.startswith("cycle-")}

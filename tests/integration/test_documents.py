@@ -110,7 +110,8 @@ def test_commands_in_the_text_are_commands() -> None:
         build_parser().parse_args(words[1:])
     known = re.findall(r"^    ([a-z]+)(?: |$)", build_parser().format_help(), re.MULTILINE)
     assert {
-        "plan", "sync", "verify", "volume", "replica", "pool", "archive", "agent", "status", "rehydration", "pki", "config",
+        "plan", "sync", "verify", "volume", "replica", "pool", "archive", "agent", "status", "rehydration", "pki",
+        "config",
     } == set(known)  # fmt: skip
     assert {span.split()[1] for span in spans} <= set(known)
 

@@ -13,12 +13,12 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from blockferry.common.settings import Tls
 from blockferry.common.nbd.client import NbdClient
 from blockferry.common.nbd.connection import Pending
 from blockferry.common.nbd.handshake import encode_client_flags, encode_option, encode_option_reply
 from blockferry.common.nbd.protocol import Command, Option, OptionReply
 from blockferry.common.nbd.uri import NbdUri
+from blockferry.common.settings import Tls
 from blockferry.common.volumes import ImageVolume, NbdVolume, Volume
 from blockferry.common.volumes.scratch import ScratchVolume
 from hypothesis import HealthCheck, given, settings

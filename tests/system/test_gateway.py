@@ -20,8 +20,7 @@ from blockferry.common.errors import BlockferryError, Code
 from tests import gateway as ceph
 from tests.archives import Maker, noise
 from tests.gateway import Gateway, User
-from tests.images import MIB, Hole, build, change
-from tests.images import noise as noise_of
+from tests.images import MIB
 from tests.store_contract import CHECKS, Check
 from tests.support import Report, finish, ok, refused_json, run_cli, start_cli
 

@@ -259,4 +259,3 @@ async def commit_all(syncings: Sequence[Syncing]) -> None:
     crash_point("client-commit-answered")
     for one, committed in zip(syncings, answers, strict=True):
         one.confirm(committed)
-

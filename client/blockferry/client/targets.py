@@ -15,10 +15,10 @@ from urllib.parse import unquote, urlsplit
 from blockferry.common import disk
 from blockferry.common.address import is_address
 from blockferry.common.archive.store import is_store_uri
-from blockferry.common.settings import Tls
 from blockferry.common.durable import rename_durably
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.nbd.uri import is_nbd_uri
+from blockferry.common.settings import Tls
 from blockferry.common.volumes import DeviceVolume, ImageVolume, NbdVolume, Volume, in_thread
 
 PARTIAL = ".partial"

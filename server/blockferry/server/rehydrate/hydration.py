@@ -21,10 +21,10 @@ from pathlib import Path
 import structlog
 from blockferry.common import disk, linux
 from blockferry.common.address import check_volume_name
-from blockferry.common.config import Tls
 from blockferry.common.durable import make_directories, rename_durably
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.rehydration import Counts, Rate, latency
+from blockferry.common.settings import Tls
 from blockferry.common.volumes import in_thread
 from blockferry.server.rehydrate import primary as primaries
 from blockferry.server.rehydrate.map import Binding, HydrationMap

@@ -17,11 +17,11 @@ import uvloop
 from blockferry.common import linux, rehydration, telemetry
 from blockferry.common.address import is_volume_name
 from blockferry.common.arguments import argument
-from blockferry.common.config import TLS_ENVIRONMENT
 from blockferry.common.errors import BlockferryError
 from blockferry.common.nbd.export import Export
 from blockferry.common.nbd.server import NbdServer
 from blockferry.common.nbd.uri import NbdListen
+from blockferry.common.settings import TLS_ENVIRONMENT
 from blockferry.common.tls import complete
 from blockferry.common.units import parse_seconds, parse_size
 from blockferry.server import handshakes

@@ -15,10 +15,10 @@ from typing import TypeVar
 
 import structlog
 from blockferry.common.address import Address, is_address
-from blockferry.common.config import Tls
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.regions import AllocationMap
 from blockferry.common.rpc import Connection
+from blockferry.common.settings import Tls
 from blockferry.common.volumes import ReplicaVolume, Volume, open_volume
 from blockferry.v1 import replicas_pb2 as replicas
 
