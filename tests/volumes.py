@@ -70,6 +70,8 @@ class Kind:
 
     make: Callable[[Site, int, Pieces], AbstractContextManager[Made]]
     provenance: Provenance = Provenance.EXACT
+    """Of maps of regions of at least `coarse` bytes; of smaller ones they are conservative."""
+    coarse: int = 0
     written: bool = True
     """Whether volumes of this kind can be opened for writing."""
     granularity: int = 1
@@ -85,6 +87,10 @@ class Kind:
     the device, where the rest of that block is."""
     looks_for_zeros: bool = False
     """Zeros that are written are found out to be zeros."""
+
+    def knows(self, region_size: int) -> Provenance:
+        """What a map of such regions is."""
+        return self.provenance if region_size >= self.coarse else Provenance.CONSERVATIVE
 
     def size(self, size: int) -> int:
         """The next size that is possible."""
@@ -320,5 +326,5 @@ KINDS = {
     "overlay": Kind(overlay),
     "recovery-point": Kind(recovery_point, written=False),
     "replica": Kind(replica, written=False),
-    "archive": Kind(archived, written=False, page_size=ARCHIVE_BLOCK),
+    "archive": Kind(archived, coarse=ARCHIVE_BLOCK, written=False),
 }

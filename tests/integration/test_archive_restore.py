@@ -20,7 +20,8 @@ from blockferry.common.archive.store import open_store
 from tests import zygote
 from tests.archives import Made, Maker, noise
 from tests.filesystems import Unavailable
-from tests.images import BLOCK, build, extents
+from tests.images import BLOCK, Hole, Piece, build, change, extents
+from tests.integration import archive_minimal_reader as minimal
 from tests.nbd import nbdkit, qemu_img, qemu_nbd
 from tests.processes import holding, loop_device
 from tests.support import Report, Server, command, finish, ok, refused, refused_json, run_cli
@@ -436,3 +437,33 @@ def test_reading_imports_nothing_of_the_network(archive: Archive, tmp_path: Path
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+# --- both ways --------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_created_is_restored_by_us_and_from_the_document(tmp_path: Path) -> None:
+    """A chain of snapshots of an image that changes, is trimmed and stays the same."""
+    store, image = tmp_path / "store", tmp_path / "vm.raw"
+    store.mkdir()
+    (tmp_path / "secret").write_bytes(b"0123456789" * 4 + b"\n")
+    flags = ("--key-file", tmp_path / "secret")
+    build(image, SIZE, [(0, b"first"), (3 * A + 5, b"third" * 9000), (SIZE - 3, b"end")])
+    changes: list[list[Piece]] = [[], [(3 * A, Hole(A)), (7 * A, b"seventh" * 5000)], [], [(5, b"!")]]
+    contents = []
+    for number, pieces in enumerate(changes, 1):
+        change(image, pieces)
+        report = ok("archive", "create", image, f"file://{store}", "--volume", "vm", *flags)
+        assert report["snapshot"] == number
+        contents.append(image.read_bytes())
+    for number, content in enumerate(contents, 1):
+        target = tmp_path / f"{number}.raw"
+        ok("archive", "restore", f"file://{store}#vm@{number}", target, *flags)
+        assert target.read_bytes() == content
+        done = subprocess.run(
+            [sys.executable, minimal.__file__, store, f"vm@{number}", tmp_path / "out", *flags],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        assert (tmp_path / "out").read_bytes() == content
+    assert ok("archive", "verify", f"file://{store}", *flags)["snapshots"] == 4

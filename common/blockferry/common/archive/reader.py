@@ -1,6 +1,6 @@
 """An archived snapshot as a volume: `STORE#NAME[@NUMBER]`, read-only.
 
-Holes are those of the tree, so that the map is exact and costs no data. What is read is proven, block by block, to be
+Holes are those of the tree, so that the map is exact, for regions of a block or more, and costs no data. What is read is proven, block by block, to be
 what was archived. The snapshot is pinned while it is open.
 """
 
@@ -125,11 +125,13 @@ class SnapshotVolume(Volume):
 
     async def allocation(self, region_size: int) -> AllocationMap:
         geometry = Geometry(self.size, region_size)
+        # Of a block that is stored nobody knows which part of it is zeros.
+        provenance = Provenance.EXACT if region_size >= ARCHIVE_BLOCK else Provenance.CONSERVATIVE
         regions = BitMap()
         async for entries in self.tree.leaves():
             extents = _extents((block for block, _ in entries), 0, self.size)
-            regions |= AllocationMap.from_extents(geometry, extents, Provenance.EXACT).regions
-        return AllocationMap(geometry, regions, Provenance.EXACT)
+            regions |= AllocationMap.from_extents(geometry, extents, provenance).regions
+        return AllocationMap(geometry, regions, provenance)
 
     async def data_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
         return _extents((block for block, _ in await self._entries(offset, length)), offset, offset + length)
