@@ -67,6 +67,8 @@ soak: $(READY) ## thousands of kills at random instants, and a hundred thousand 
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/soak
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_ARCHIVE_BLOCKS=65536 deploy/isolate \
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" -k 16_tib tests/integration/test_archive_create.py
+	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_CRASH_STEP=1 deploy/isolate \
+		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/fault/test_archive_crashes.py
 
 .PHONY: system
 system: $(READY) ## two hosts in network namespaces of their own, and a real S3 (root)

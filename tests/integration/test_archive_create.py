@@ -171,8 +171,8 @@ def test_what_cannot_be_is_refused_in_one_line(place: Place, image: Path, tmp_pa
     refused_json(run_cli(*words, "--json"), "not-found")
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_and_run_again(place: Place, tmp_path: Path, number: int, status: int) -> None:
+def test_interrupted_and_run_again(place: Place, tmp_path: Path) -> None:
+    number, status = signal.SIGTERM, 143
     # Larger than can be stored before the signal comes; chunks of 16 MiB.
     image = build(tmp_path / "vm.raw", 200 * A, [(0, noise(4, 200 * A))])
     process = start_cli(*place.words(image), "--quiet")
@@ -204,7 +204,7 @@ def test_two_processes_archive_one_volume(place: Place, image: Path, tmp_path: P
 
 
 HUGE = 1 << 44
-BLOCKS_OF_HUGE = int(os.environ.get("BLOCKFERRY_ARCHIVE_BLOCKS", "600"))
+BLOCKS_OF_HUGE = int(os.environ.get("BLOCKFERRY_ARCHIVE_BLOCKS", "300"))
 MOST_RESIDENT = 400 << 20
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from blockferry.common.archive.catalog import Catalog
 from blockferry.common.archive.format import ARCHIVE_BLOCK
 from blockferry.common.archive.keys import Secret
-from blockferry.common.archive.store import open_store
+from blockferry.common.archive.store import Access, open_store
 from blockferry.common.errors import BlockferryError, Code
 
 from tests import gateway as ceph
@@ -22,7 +23,7 @@ from tests.gateway import Gateway, User
 from tests.images import MIB, Hole, build, change
 from tests.images import noise as noise_of
 from tests.store_contract import CHECKS, Check
-from tests.support import Report, ok, refused_json, run_cli
+from tests.support import Report, finish, ok, refused_json, run_cli, start_cli
 
 A = ARCHIVE_BLOCK
 SIZE = 40 * A + 4096
@@ -116,6 +117,22 @@ def test_what_was_created_is_restored(uri: str, tmp_path: Path) -> None:
         ok("archive", "restore", f"{uri}#vm@{number}", tmp_path / f"{number}.raw", *key)
         assert (tmp_path / f"{number}.raw").read_bytes() == content
     assert ok("archive", "verify", uri, *key)["outcome"] == "sound"
+
+
+def test_the_store_decides_who_commits(uri: str, tmp_path: Path) -> None:
+    image = tmp_path / "vm.raw"
+    image.write_bytes(secrets.token_bytes(4 * A))
+    running = [
+        start_cli("archive", "create", image, uri, "--volume", "vm", "--json", "--state-dir", tmp_path / f"{number}")
+        for number in range(3)
+    ]
+    assert sorted([finish(process).report["snapshot"] for process in running]) == [1, 2, 3]
+
+    async def conditional() -> bool:
+        async with await open_store(uri) as store:
+            return (await Catalog.open(store, Access())).archive.conditional
+
+    assert asyncio.run(conditional())
 
 
 def told(*words: object, code: str) -> Report:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from blockferry.client.cli.archive import COMMANDS as ARCHIVE_COMMANDS
+from blockferry.client.cli.archive_read import COMMANDS as ARCHIVE_READ_COMMANDS
 from blockferry.client.cli.config import COMMANDS as CONFIG_COMMANDS
 from blockferry.client.cli.handover import COMMANDS as HANDOVER_COMMANDS
 from blockferry.client.cli.main import _parse_rate, _parse_region_size, build_parser, main
@@ -146,6 +148,8 @@ def test_every_command_can_be_run_and_asked_for_help(capsys: pytest.CaptureFixtu
     found = list(leaves(build_parser()))
     assert {"_".join(words) for words in found} == {
         *COMMANDS,
+        *ARCHIVE_COMMANDS,
+        *ARCHIVE_READ_COMMANDS,
         *POOL_COMMANDS,
         *HANDOVER_COMMANDS,
         *CONFIG_COMMANDS,

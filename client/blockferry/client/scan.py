@@ -34,7 +34,8 @@ from blockferry.common.volumes import Volume, in_thread, parts_of
 from pyroaring import BitMap
 
 BATCH_BLOCKS = 32
-"""Blocks that are read, hashed and packed in one hand-off: 8 MiB, as in a sync."""
+"""Blocks that are read in one hand-off, and hashed and packed in another: 8 MiB. Fewer would be in the processor's cache
+still, but each read asks a file for its holes, and on tmpfs that walks every page up to the next one."""
 BATCHES = 4
 """Batches at work side by side."""
 BATCH_LOOKS = 8192
@@ -99,6 +100,11 @@ class Earlier:
         chunks = [one for one in staging.state.data.values() if one.done and one.first >= 0]
         self._ahead = collections.deque(sorted(chunks, key=lambda one: one.first))
         self._near: list[tuple[Noted, dict[int, Entry]]] = []
+
+    @property
+    def left(self) -> bool:
+        """Whether there may be any that were not asked for."""
+        return bool(self._ahead or self._near)
 
     def among(self, blocks: Sequence[int]) -> dict[int, list[tuple[Entry, bool]]]:
         """What was stored of some ascending blocks: where it is, and whether it was read from the very same immutable
@@ -220,7 +226,8 @@ class Scan:
             yield await self._prepared(batch)
 
     async def _prepared(self, batch: _Batch) -> _Batch:
-        batch.earlier = await in_thread(self._earlier.among, [look.block for look in batch.looks])
+        if self._earlier.left:
+            batch.earlier = await in_thread(self._earlier.among, [look.block for look in batch.looks])
         batch.reads = [
             look.block
             for look in batch.looks
