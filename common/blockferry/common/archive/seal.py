@@ -51,8 +51,8 @@ def _pack(data: Data, level: int) -> bytes:
     packers: dict[int, zstandard.ZstdCompressor] = _thread.__dict__.setdefault("packers", {})
     if level not in packers:
         packers[level] = zstandard.ZstdCompressor(level=level, write_content_size=True, write_checksum=False)
-    # A copy: zstandard shrinks a buffer for the worst case, and what it cuts off is too short for the next one. With a
-    # sparse volume of 16 TiB the heap would grow by a block for each that is kept.
+    # A copy: zstandard shrinks a buffer for the worst case, and what it cuts off is too short for the next one. The
+    # heap of a sparse volume of 16 TiB would grow by a block for each that is kept.
     return bytes(memoryview(packers[level].compress(data)))
 
 
