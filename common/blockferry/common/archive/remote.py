@@ -135,7 +135,7 @@ class RemoteStore(ObjectStore):
                 retry_config=_NO_RETRIES,
             )
         except Exception as error:
-            raise _unusable(place.uri, _short(error)) from error
+            raise _unusable(place.uri, _short(str(error))) from error
         return cls(place, store, conditional=conditional, endpoint=endpoint or "Amazon S3")
 
     @classmethod
@@ -153,7 +153,7 @@ class RemoteStore(ObjectStore):
                 retry_config=_NO_RETRIES,
             )
         except Exception as error:
-            raise _unusable(place.uri, _short(error)) from error
+            raise _unusable(place.uri, _short(str(error))) from error
         provider = "Google Cloud Storage" if place.scheme == "gs" else "Azure Blob Storage"
         found = cls(place, store, conditional=True, endpoint=provider)
         found.notice = f"{provider} has never been tried with this version; restore and verify what you archive there"
