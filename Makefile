@@ -78,6 +78,9 @@ soak: $(READY) ## thousands of kills at random instants, and a hundred thousand 
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/fault/test_archive_crashes.py
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_REHYDRATE_SECONDS=600 deploy/isolate \
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/integration/test_rehydrate.py -k verified
+	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_ARCHIVE_EXAMPLES=2000 deploy/isolate \
+		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" -k "any_chain or whatever_is_there" \
+		tests/unit/test_archive_reader.py tests/unit/test_archive_restore.py
 
 .PHONY: system
 system: $(READY) ## two hosts in network namespaces of their own, a real S3, and a virtual machine (root)

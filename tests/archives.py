@@ -3,6 +3,7 @@ likes."""
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -15,6 +16,9 @@ from blockferry.common.archive.keys import Secret
 from blockferry.common.archive.seal import Sealer
 from blockferry.common.archive.store import ObjectStore
 from blockferry.common.archive.tree import Root
+
+EXAMPLES = int(os.environ.get("BLOCKFERRY_ARCHIVE_EXAMPLES", "25"))
+"""Chains of snapshots that tests draw; many more in `make soak`."""
 
 WHEN = "2026-01-01T00:00:00Z"
 QUICK_SCRYPT = (2, 1, 1)

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.archive_faults import CountingStore, FaultyStore, MemoryStore, busy, flip
-from tests.archives import Maker, moved, noise
+from tests.archives import EXAMPLES, Maker, moved, noise
 
 A = ARCHIVE_BLOCK
 
@@ -104,7 +104,7 @@ async def test_nothing_is_written() -> None:
             assert told.value.code is Code.READ_ONLY
 
 
-@settings(max_examples=25)
+@settings(max_examples=EXAMPLES)
 @given(
     tail=st.integers(1, A),
     layers=st.lists(st.dictionaries(st.integers(0, 20), st.booleans(), max_size=12), min_size=1, max_size=4),

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.archive_faults import CountingStore, FaultyStore, MemoryStore, busy, flip
-from tests.archives import Made, Maker, noise
+from tests.archives import EXAMPLES, Made, Maker, noise
 from tests.unit.memory_volume import MemoryVolume
 
 A = ARCHIVE_BLOCK
@@ -175,7 +175,7 @@ async def test_another_snapshot_does_not_go_on_from_it(maker: Maker, tmp_path: P
     assert bytes(target.data) == two.content
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tail=st.integers(1, A),
     held=st.dictionaries(st.integers(0, 12), st.integers(0, 3)),

@@ -34,8 +34,8 @@ from blockferry.common.volumes import Volume, in_thread, parts_of
 from pyroaring import BitMap
 
 BATCH_BLOCKS = 32
-"""Blocks that are read in one hand-off, and hashed and packed in another: 8 MiB. Fewer would still be in the cache of a
-core, but each read asks a file for its holes, and on tmpfs that walks every page up to the next one."""
+"""Blocks that are read in one hand-off, and hashed and packed in another: 8 MiB. Fewer would stay in the processor's
+cache, but each read asks a file for its holes, and on tmpfs that walks every page up to the next one."""
 BATCHES = 4
 """Batches at work side by side."""
 BATCH_LOOKS = 8192

@@ -1,7 +1,7 @@
 """An archived snapshot as a volume: `STORE#NAME[@NUMBER]`, read-only.
 
-Holes are those of the tree, so that the map is exact, for regions of a block or more, and costs no data. What is read
-is proven, block by block, to be what was archived. The snapshot is pinned while it is open.
+Holes are those of the tree: the map costs no data, and is exact for regions of a block or more. What is read is proven,
+block by block, to be what was archived. The snapshot is pinned while it is open.
 """
 
 from __future__ import annotations

@@ -56,17 +56,45 @@ S3_OPTIONS = {
 """Every `--store-option` of s3://."""
 
 _STATUS = re.compile(r"status code: (\d{3})|HTTP status (?:client|server) error \((\d{3})")
+_REDIRECT = "Received redirect without LOCATION"
 _S3_CODE = re.compile(r"<Code>([A-Za-z0-9]+)</Code>")
 _TRANSIENT = {429, 500, 502, 503, 504}
-_FULL = {"QuotaExceeded", "InsufficientStorage", "XMinioStorageFull", "ServiceQuotaExceededException"}
-_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
-_ELSEWHERE = {
-    "PermanentRedirect",
-    "AuthorizationHeaderMalformed",
-    "TemporaryRedirect",
-    "IllegalLocationConstraintException",
-}
-_CLOCK = {"RequestTimeTooSkewed"}
+
+_Meaning = tuple[frozenset[str], frozenset[int], Code, str, str]
+
+_MEANINGS: tuple[_Meaning, ...] = (
+    (
+        frozenset({"NoSuchBucket"}), frozenset(),
+        Code.NOT_FOUND, "{endpoint} has no bucket {bucket}",
+        "make the bucket, or check its name, the endpoint and the region",
+    ),
+    (
+        frozenset({"QuotaExceeded", "InsufficientStorage", "XMinioStorageFull"}), frozenset({507}),
+        Code.OUT_OF_SPACE, "the store is full or its quota is used up ({said})",
+        "free space or raise the quota, then run it again",
+    ),
+    (
+        frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}), frozenset({401}),
+        Code.PERMISSION, "{endpoint} does not accept the credentials ({said})",
+        "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and that they are for this endpoint",
+    ),
+    (
+        frozenset({"RequestTimeTooSkewed"}), frozenset(),
+        Code.PERMISSION, "this machine's clock differs too much from the store's",
+        "set the clock, then run it again",
+    ),
+    (
+        frozenset({"PermanentRedirect", "TemporaryRedirect", "AuthorizationHeaderMalformed"}), frozenset({301, 307}),
+        Code.INVALID_ARGUMENT, "the bucket is in another region or at another endpoint",
+        "give its region (AWS_REGION) or endpoint (AWS_ENDPOINT_URL)",
+    ),
+    (
+        frozenset({"AccessDenied"}), frozenset({403}),
+        Code.PERMISSION, "the bucket {bucket} is somebody else's, or these credentials have no right to do this",
+        "check the name of the bucket and the rights of the credentials",
+    ),
+)  # fmt: skip
+"""What S3 says by a code or a status, the first that fits."""
 
 
 class RemoteStore(ObjectStore):
@@ -107,7 +135,7 @@ class RemoteStore(ObjectStore):
                 retry_config=_NO_RETRIES,
             )
         except Exception as error:
-            raise _unusable(place.uri, _short(error)) from error
+            raise _unusable(place.uri, _short(str(error))) from error
         return cls(place, store, conditional=conditional, endpoint=endpoint or "Amazon S3")
 
     @classmethod
@@ -125,7 +153,7 @@ class RemoteStore(ObjectStore):
                 retry_config=_NO_RETRIES,
             )
         except Exception as error:
-            raise _unusable(place.uri, _short(error)) from error
+            raise _unusable(place.uri, _short(str(error))) from error
         provider = "Google Cloud Storage" if place.scheme == "gs" else "Azure Blob Storage"
         found = cls(place, store, conditional=True, endpoint=provider)
         found.notice = f"{provider} has never been tried with this version; restore and verify what you archive there"
@@ -235,55 +263,32 @@ class RemoteStore(ObjectStore):
         )
 
     def _told(self, what: str, key: str, error: Exception) -> BlockferryError:
-        text = str(error)
-        kind = type(error).__name__
+        text, kind = str(error), type(error).__name__
         code = found.group(1) if (found := _S3_CODE.search(text)) else ""
         status = int(found.group(1) or found.group(2)) if (found := _STATUS.search(text)) else 0
-        what = f"{self.uri}: cannot {what} {key or 'objects'}"
-        if code == "NoSuchBucket":
-            return BlockferryError(
-                Code.NOT_FOUND, what, cause=f"{self._endpoint} has no bucket {self._bucket}",
-                next="make the bucket, or check its name, the endpoint and the region",
-            )  # fmt: skip
-        if code in _FULL or status == 507:
-            return BlockferryError(
-                Code.OUT_OF_SPACE, what, cause=f"the store is full or its quota is used up ({code or status})",
-                next="free space or raise the quota, then run it again",
-            )  # fmt: skip
-        if kind == "AlreadyExistsError" or code in ("PreconditionFailed", "ConditionalRequestConflict"):
+        if _REDIRECT in text:
+            status = 301
+        for codes, statuses, meaning, cause, next_step in _MEANINGS:
+            if code in codes or status in statuses:
+                cause = cause.format(endpoint=self._endpoint, bucket=self._bucket, said=code or status)
+                return BlockferryError(
+                    meaning, f"{self.uri}: cannot {what} {key or 'objects'}", cause=cause, next=next_step
+                )
+        if kind == "AlreadyExistsError":
             return exists(self.uri, key)
-        if isinstance(error, FileNotFoundError) or kind == "NotFoundError":
+        if isinstance(error, FileNotFoundError):
             return missing(self.uri, key)
-        if code in _CREDENTIALS or kind == "UnauthenticatedError":
-            return BlockferryError(
-                Code.PERMISSION, what, cause=f"{self._endpoint} does not accept the credentials ({code or status})",
-                next="check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and that they are for this endpoint",
-            )  # fmt: skip
-        if code in _CLOCK:
-            return BlockferryError(
-                Code.PERMISSION, what, cause="this machine's clock differs too much from the store's",
-                next="set the clock, then run it again",
-            )  # fmt: skip
-        if code in _ELSEWHERE or status in (301, 307) or "Received redirect without LOCATION" in text:
-            return BlockferryError(
-                Code.INVALID_ARGUMENT, what, cause="the bucket is in another region or at another endpoint",
-                next="give its region (AWS_REGION) or endpoint (AWS_ENDPOINT_URL)",
-            )  # fmt: skip
-        if kind == "PermissionDeniedError" or status == 403:
-            return BlockferryError(
-                Code.PERMISSION, what,
-                cause=f"the bucket {self._bucket} is somebody else's, or these credentials have no right to do this",
-                next="check the name of the bucket and the rights of the credentials",
-            )  # fmt: skip
-        if status in _TRANSIENT or code in ("SlowDown", "InternalError", "ServiceUnavailable"):
-            return self._transient(what.partition("cannot ")[2].partition(" ")[0], key, f"it answers {status} {code}")
-        if status == 0:
+        if status in _TRANSIENT:
+            return self._transient(what, key, f"it answers {status} {code}".strip())
+        if status == 0 and not kind.startswith(("Permission", "Unauthenticated")):
             # No answer at all: a connection that was refused, cut or timed out.
-            return self._transient(what.partition("cannot ")[2].partition(" ")[0], key, _short(error))
+            return self._transient(what, key, _short(text))
         return BlockferryError(
-            Code.IO_ERROR, what, cause=f"{self._endpoint} answers {status} {code}".strip(),
+            Code.IO_ERROR,
+            f"{self.uri}: cannot {what} {key or 'objects'}",
+            cause=f"{self._endpoint} answers {status or kind} {code}".strip(),
             next="check that the endpoint is an object store of this kind",
-        )  # fmt: skip
+        )
 
 
 _NO_RETRIES: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=CONNECT_SECONDS)}
@@ -301,13 +306,12 @@ async def _next(pages: Any) -> Any:
         return None
 
 
-def _short(error: Exception) -> str:
-    """The last words of a text, which say what happened rather than where; the first line of it."""
-    text = str(error).split("\n", 1)[0].strip()
-    for words in ("Connection refused", "dns error", "timed out", "certificate", "connection closed", "reset"):
-        if words.lower() in str(error).lower():
-            return words.lower()
-    return text[:200]
+def _short(text: str) -> str:
+    """What happened rather than where: the words that say it, or the beginning of the text."""
+    for words in ("connection refused", "dns error", "timed out", "certificate", "connection closed", "reset"):
+        if words in text.lower():
+            return words
+    return text.split("\n", 1)[0].strip()[:200]
 
 
 def _unusable(uri: str, cause: str) -> BlockferryError:
@@ -338,7 +342,7 @@ def s3_config(uri: str, access: Access, environment: Mapping[str, str]) -> tuple
     elif not _switch(uri, "instance", options, default=False):
         key, secret = told("access_key_id", "AWS_ACCESS_KEY_ID"), environment.get("AWS_SECRET_ACCESS_KEY", "")
         if "secret_access_key_file" in options:
-            secret = _read(uri, options["secret_access_key_file"]).decode("utf-8", "strict").strip()
+            secret = _read(uri, options["secret_access_key_file"]).decode("utf-8", "replace").strip()
         if not key or not secret:
             raise BlockferryError(
                 Code.PERMISSION,
