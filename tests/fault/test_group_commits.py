@@ -228,6 +228,16 @@ def test_members_may_be_in_two_pools(xfs_pool_root: Path, ext4_pool_root: Path, 
         group.server.kill()
 
 
+def test_a_record_that_cannot_be_read_keeps_the_server_from_guessing(group: Group) -> None:
+    group.begin()
+    (group.server.pool / f"{groups.PREFIX}0").write_text("{")
+    with pytest.raises(AssertionError, match=r"\.group-0 cannot be read"):
+        group.server.start()
+    (group.server.pool / f"{groups.PREFIX}0").unlink()
+    group.server.start()
+    assert group.generations() == dict.fromkeys(NAMES, 1)
+
+
 # --- without a death --------------------------------------------------------------------------------------------------
 
 

@@ -237,6 +237,38 @@ async def test_a_generation_that_rots_is_compared_with_all_of_it(server: Server,
     assert (await cycle(policies, home / "state"))["p"]["full_compare"] is None
 
 
+async def test_a_device_is_believed_for_as_long_as_its_server_holds_it(xfs_pool_root: Path, home: Path) -> None:
+    backing = home / "device.img"
+    build(backing, 64 * REGION)
+    pool = xfs_pool_root / f"device-{next(_numbers)}"
+    pool.mkdir()
+    with contextlib.ExitStack() as stack:
+        try:
+            device = stack.enter_context(loop_device(backing))
+        except Unavailable as error:
+            pytest.skip(str(error))
+        server = Server(pool, flags=["--device", f"db={device},journal={pool}"]).start()
+        stack.callback(server.stop)
+        source = image(home)
+        policies = {"p": policy(source, server, "db")}
+        whys = []
+        for restart in (False, False, True, False):
+            if restart:
+                assert server.stop() == 0
+                server.start()
+            change(source, [(4 * REGION, noise(f"round {len(whys)}", 4096))])
+            whys.append((await cycle(policies, home / "state"))["p"]["full_compare"])
+        assert whys == [
+            "no changes were tracked",
+            None,
+            "its device was opened anew, and others may have written to it in between",
+            None,
+        ]
+        with Raw(server.address) as raw:
+            found = b"".join(raw.read("db", 4, at, min(REGION, SIZE - at)) for at in range(0, SIZE, REGION))
+        assert found == source.read_bytes()
+
+
 # --- a file system that is in use -------------------------------------------------------------------------------------
 
 

@@ -20,8 +20,8 @@ import msgspec
 import structlog
 from blockferry.common import disk
 from blockferry.common.durable import remove_durably, write_atomic
-from blockferry.common.errors import BlockferryError
-from blockferry.server.generations import Generations, Point, corrupt
+from blockferry.common.errors import BlockferryError, Code
+from blockferry.server.generations import Generations, Point
 from blockferry.server.store import LOG, replica_uuid
 
 log = structlog.get_logger("blockferry.groups")
@@ -127,10 +127,21 @@ def _read(path: Path) -> _Group:
         for member in group.members:
             bytes.fromhex(member.commit_id)
     except (ValueError, msgspec.MsgspecError) as error:
-        raise corrupt(path, str(error)) from error
+        raise _unusable(Code.CORRUPT_STATE, path, str(error)) from error
     if group.format > FORMAT or not group.members:
-        raise corrupt(path, f"it has format {group.format}, this server knows {FORMAT}")
+        raise _unusable(Code.UNSUPPORTED, path, f"it has format {group.format}, this server knows {FORMAT}")
     return group
+
+
+def _unusable(code: Code, path: Path, cause: str) -> BlockferryError:
+    """Without it nobody knows which replicas are half-way through a commit: none is opened."""
+    return BlockferryError(
+        code,
+        f"{path} cannot be read",
+        cause=cause,
+        next="run the newer server if there was one; else move the file away: volumes that were committed together in "
+        "that moment may then be at different generations",
+    )
 
 
 def _is_home(own: str, group: _Group) -> bool:
