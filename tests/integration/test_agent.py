@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from tests.agents import Agent
 from tests.certificates import Issuer
 from tests.images import MIB, build, change, noise
+from tests.reflected import Reflected
 from tests.support import Finished, Server, finish, own_directory, refused, refused_json, run_cli, start_cli, until
 
 REGION = 64 * 1024
@@ -234,8 +236,11 @@ def test_plan_and_status_for_people(
     done = run_cli("agent", "status", "a", "--agent", agent.address)
     assert done.stdout.splitlines()[0] == "a: waiting"
     refused(run_cli("agent", "status", "y", "--agent", agent.address), "there is no policy y", "a, x")
+    server.kill()
+    # Whose server it is that is away is told apart.
+    refused(run_cli("agent", "plan", "a", "--agent", agent.address), server.address, "blockferry-server runs there")
     agent.kill()
-    refused(run_cli("status", "--agent", agent.address), "blockferry-agent runs there", "--agent")
+    refused(run_cli("status", "--agent", agent.address), "no agent answers there", "blockferry-agent runs there")
 
 
 def test_the_end_waits_for_what_runs_unless_somebody_hurries(
@@ -300,6 +305,27 @@ def test_two_agents_with_one_policy_are_told_apart_by_the_server(
     assert f"process {first.pid}" in error["cause"]
     assert error["next"].endswith("if that is another agent with this policy, stop one of them")
     assert first.policy("a")["state"] == "running", "nothing has become of it"
+
+
+def test_a_generic_client_can_direct_an_agent(root: Path, make_agent: MakeAgent) -> None:
+    gone = {"source": str(root / "x"), "destination": "grpc://127.0.0.1:1/x", "rpo": "1h"}
+    agent = make_agent({"x": gone}).start()
+    client = Reflected(agent.address.removeprefix("grpc://"))
+    assert client.services == [
+        "blockferry.v1.Agent",
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+    ]
+    (health,) = client.call("grpc.health.v1.Health/Check", {"service": "blockferry.v1.Agent"})
+    assert health.status == 1
+    (paused,) = client.call("blockferry.v1.Agent/PausePolicy", {"policy": "x"})
+    assert (paused.policy.name, paused.policy.rpo_ms) == ("x", 3_600_000)
+    (listed,) = client.call("blockferry.v1.Agent/ListPolicies", {})
+    assert [policy.name for policy in listed.policies] == ["x"]
+    with pytest.raises(grpc.RpcError) as caught:
+        client.call("blockferry.v1.Agent/GetPolicy", {"policy": "y"})
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    client.close()
 
 
 # --- who may --------------------------------------------------------------------------------------------------------

@@ -251,7 +251,7 @@ async def test_a_device_is_believed_for_as_long_as_its_server_holds_it(xfs_pool_
         stack.callback(server.stop)
         source = image(home)
         policies = {"p": policy(source, server, "db")}
-        whys: list[object] = []
+        whys: list[str | None] = []
         for restart in (False, False, True, False):
             if restart:
                 assert server.stop() == 0

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from blockferry.client.memory import VERSION, Clock, Failure, Memory, Moment, Outcome, StateDirectory
 from blockferry.common.errors import BlockferryError, Code
+
+from tests.tables import document
 
 
 class FakeClock(Clock):
@@ -39,6 +42,25 @@ def test_what_was_remembered_is_there_after_a_restart(tmp_path: Path) -> None:
     assert memory.failure is not None
     assert (memory.failure.cause, memory.failure.next, memory.failure.offset) == ("a \\udcff byte", "do", 1)
     again.close()
+
+
+def test_the_file_is_as_it_is_described(tmp_path: Path) -> None:
+    directory = StateDirectory(tmp_path)
+    outcome = Outcome(1760000000.0, 1.5, 7, "ab", 1 << 30, 4096, 65536, 5000, 0, 270.0, "")
+    memory = Memory("/srv/vm/db.raw", "grpcs://dr1:9870/db", False, Moment(1760000000.0, 86400.5, "b"), outcome)
+    directory.save("db", memory)
+    directory.close()
+    written = (tmp_path / "policies/db.json").read_text()
+    assert written == (
+        '{"source":"/srv/vm/db.raw","destination":"grpcs://dr1:9870/db","paused":false,'
+        '"committed":{"wall":1760000000.0,"now":86400.5,"boot":"b"},'
+        '"last":{"wall":1760000000.0,"seconds":1.5,"generation":7,"commit_id":"ab","volume_size":1073741824,'
+        '"data_sent":4096,"source_read":65536,"wire_sent":5000,"unmapped":0,"interval":270.0,"full":""},"failure":null}'
+    )
+    described = re.search(r'^\{"source":"/srv/vm/db.raw","destination".*\}$', document("docs/formats.md"), re.MULTILINE)
+    assert described is not None
+    assert described[0].replace("…", "b").replace("<id>", "ab") == written
+    assert (tmp_path / "version").read_text() == f"blockferry-agent state {VERSION}\n"
 
 
 def test_two_agents_cannot_have_one_directory(tmp_path: Path) -> None:

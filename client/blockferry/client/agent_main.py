@@ -41,6 +41,13 @@ DRAIN_SECONDS = 30.0
 CANCEL_SECONDS = 15.0
 """Then they are cancelled, and end their sessions within this time."""
 
+MESSAGE_BYTES = 64 * 1024
+"""Of a request: the name of a policy, and reflection's questions."""
+
+CONNECTIONS = 64
+STREAMS = 32
+"""Of those who look at it, and of each: nobody needs more, and a source host has other things to do."""
+
 CLOSE_SECONDS = 1.0
 """Calls to the agent itself may finish within this time."""
 
@@ -72,7 +79,7 @@ async def serve(path: Path, run_cycle: Cycle = cycle.run_cycle) -> None:
     )
     Standings(agent, registry)
     access = AccessControl(NEEDS, config.grant, credentials)
-    server = rpc.make_server()
+    server = rpc.make_server(message_size=MESSAGE_BYTES, connections=CONNECTIONS, streams=STREAMS)
     pages = Pages({"/metrics": metrics_page(registry)})
     try:
         descriptor = agent_pb2.DESCRIPTOR.services_by_name["Agent"]
