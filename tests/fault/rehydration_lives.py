@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from blockferry.common import disk
+from blockferry.common.errors import BlockferryError
 from blockferry.common.volumes import ImageVolume
 from blockferry.server.rehydrate import map as maps
 from blockferry.server.rehydrate.hydration import Hydration, Options
@@ -164,7 +165,10 @@ class RehydrationLife:
     async def _survive(self, step: Callable[[], Awaitable[None]]) -> None:
         try:
             await step()
-        except Killed:
+        except (Killed, BlockferryError):
+            # Whoever waited for a fetch that died is told so.
+            if not self.recorder.dead:
+                raise
             self.died_at = len(self.log)
             self.recorder.revive()
             if self._disk is not None:

@@ -234,11 +234,11 @@ def test_promises_of_a_rehydration_that_goes_on(scratch: Path, rehydrated: list[
     whole = rehydrated[0]
     changes = sum(not isinstance(operation, Mark) for operation in whole.log)
     deaths = [_before(call, 0) for call in _flushes(whole) if call.site]
-    deaths += [_at(rng.randrange(changes)) for _ in range(RANDOM_DEATHS)]
+    deaths += [_at(rng.randrange(changes)) for _ in range(5)]
     for doomed in deaths:
         life = _rehydrated(scratch, doomed)
         assert life.died_at is not None
-        verdict = asyncio.run(go_through(life, scratch, start=life.died_at, stop=life.died_at + AFTER_DEATH, samples=1))
+        verdict = asyncio.run(go_through(life, scratch, start=life.died_at, stop=life.died_at + 15, samples=1))
         assert verdict.broken == []
 
 

@@ -346,7 +346,8 @@ def test_a_snapshot_needs_a_file_system_that_can(tmp_path: Path, ext4_pool_root:
 # --- under load -------------------------------------------------------------------------------------------------------
 
 
-FIO_SECONDS = int(os.environ.get("BLOCKFERRY_REHYDRATE_SECONDS", "3"))
+FIO_SIZE = int(os.environ.get("BLOCKFERRY_REHYDRATE_MIB", "4")) * MIB
+"""Bytes read and written under load."""
 
 
 def test_verified_while_the_source_comes_and_goes(tmp_path: Path, server: Server, replica: str, content: bytes) -> None:
@@ -357,8 +358,8 @@ def test_verified_while_the_source_comes_and_goes(tmp_path: Path, server: Server
         job = [
             "fio", "--name=verify", "--ioengine=nbd", f"--uri={disk.uri}", "--rw=randrw", "--bs=4k,4k,4k",
             "--bssplit=4k/60:12k/20:64k/20", f"--size={16 * MIB}", "--verify=crc32c", "--verify_backlog=64",
-            "--iodepth=16", "--verify_fatal=1", "--fsync=32", f"--runtime={FIO_SECONDS}", "--output-format=json",
-            "--blockalign=512", f"--io_size={FIO_SECONDS * 4 * MIB}",
+            "--iodepth=16", "--verify_fatal=1", "--fsync=32", "--output-format=json",
+            "--blockalign=512", f"--io_size={FIO_SIZE}",
         ]  # fmt: skip
         running = subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         cuts = 0
@@ -367,11 +368,11 @@ def test_verified_while_the_source_comes_and_goes(tmp_path: Path, server: Server
             proxy.cut()
             cuts += 1
             try:
-                running.wait(0.15)
+                running.wait(0.2)
             except subprocess.TimeoutExpired:
                 proxy.refusing = False
             try:
-                running.wait(0.35)
+                running.wait(1.0)
             except subprocess.TimeoutExpired:
                 continue
         assert running.stdout is not None
@@ -379,9 +380,9 @@ def test_verified_while_the_source_comes_and_goes(tmp_path: Path, server: Server
         running.stdout.close()
         proxy.refusing = False
         assert running.returncode == 0, said
-        assert cuts > 1
+        assert cuts
         job = json.loads(said[said.index("{") :])["jobs"][0]
-        assert job["error"] == 0 and job["write"]["total_ios"] > 100
+        assert job["error"] == 0 and job["read"]["io_bytes"] + job["write"]["io_bytes"] >= FIO_SIZE
         assert disk.stop() == 0
         whole = Rehydrator(tmp_path / "disk", replica).start().hydrated()
         assert whole.stop() == 0
