@@ -67,8 +67,9 @@ soak: $(READY) ## thousands of kills at random instants, and a hundred thousand 
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/integration/test_nbd_server.py -k history
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_SOAK_KILLS=$(or $(KILLS),2000) deploy/isolate \
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/soak tests/fault/test_rehydration_crashes.py
-	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_REHYDRATE_MIB=4096 deploy/isolate \
-		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/integration/test_rehydrate.py -k verified
+	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_REHYDRATE_MIB=4096 \
+		BLOCKFERRY_REHYDRATE_EXAMPLES=5000 deploy/isolate $(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" \
+		tests/integration/test_rehydrate.py tests/unit/test_hydrating_model.py -k "verified or Rehydrating"
 
 .PHONY: system
 system: $(READY) ## two hosts in network namespaces of their own (root)

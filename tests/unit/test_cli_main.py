@@ -17,6 +17,7 @@ from blockferry.client.cli.handover import COMMANDS as HANDOVER_COMMANDS
 from blockferry.client.cli.main import _parse_rate, _parse_region_size, build_parser, main
 from blockferry.client.cli.pki import COMMANDS as PKI_COMMANDS
 from blockferry.client.cli.pools import COMMANDS as POOL_COMMANDS
+from blockferry.client.cli.rehydration import COMMANDS as REHYDRATION_COMMANDS
 from blockferry.client.cli.replicate import COMMANDS
 from blockferry.common.errors import BlockferryError
 from blockferry.common.units import parse_size
@@ -148,6 +149,7 @@ def test_every_command_can_be_run_and_asked_for_help(capsys: pytest.CaptureFixtu
     assert {"_".join(words) for words in found} == {
         *COMMANDS,
         *POOL_COMMANDS,
+        *REHYDRATION_COMMANDS,
         *HANDOVER_COMMANDS,
         *EXPORT_COMMANDS,
         *CONFIG_COMMANDS,
