@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tests import zygote
-from tests.support import PROGRAMS, START_SECONDS, STOP_SECONDS, Finished, Report, finish, ok, until
+from tests.support import PROGRAMS, START_SECONDS, STOP_SECONDS, Finished, Report, finish, ok
 
 SOCKET = "nbd.sock"
 
@@ -163,5 +163,8 @@ def left(rehydrator: Rehydrator) -> int:
 
 
 def wait_for_status(rehydrator: Rehydrator, state: str) -> None:
-    """Until `rehydration show` says so."""
-    until(lambda: rehydrator.show()["state"] == state, f"the disk is {state}")
+    """Until `rehydration show` says so; asked seldom, since each time is a process."""
+    end = time.monotonic() + START_SECONDS
+    while rehydrator.show()["state"] != state:
+        assert time.monotonic() < end, f"waited in vain until the disk is {state}"
+        time.sleep(0.3)

@@ -31,7 +31,7 @@ KILLS = int(os.environ.get("BLOCKFERRY_SOAK_KILLS", "6"))
 SECONDS = 0.35
 """A life lasts about this long: kills are spread over it."""
 
-MOST_PASSES = 3
+MOST_PASSES = 2
 """Passes of a crash point that are tried."""
 
 _POINT = re.compile(r"crash_point\(\s*\"([^\"]+)\"")

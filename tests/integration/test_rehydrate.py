@@ -20,7 +20,7 @@ from tests.images import KIB, MIB, build, noise
 from tests.nbd import nbdkit
 from tests.processes import loop_device
 from tests.rehydrators import Rehydrator, left, rehydrating, wait_for_status
-from tests.support import Server, ok, refused, run_cli, until
+from tests.support import Server, ok, refused, run_cli
 
 SIZE = 24 * MIB + 700
 PIECES = [(0, noise(1, 5 * MIB)), (9 * MIB, noise(2, 300 * KIB)), (20 * MIB + 512, noise(3, 4 * MIB))]
@@ -128,7 +128,7 @@ async def test_a_source_that_goes_away_and_returns(
         before = disk.content()
         assert not any(before[21 * MIB : 22 * MIB])
         proxy.refusing = False
-        until(lambda: disk.show()["state"] == "hydrating", "the source is back")
+        wait_for_status(disk, "hydrating")
         await guest.read_into(21 * MIB, memoryview(buffer))
         assert buffer == content[21 * MIB :][:B]
         await guest.read_into(3 * MIB, memoryview(buffer))
@@ -359,9 +359,9 @@ def test_verified_while_the_source_comes_and_goes(tmp_path: Path, server: Server
             "fio", "--name=verify", "--ioengine=nbd", f"--uri={disk.uri}", "--rw=randrw", "--bs=4k,4k,4k",
             "--bssplit=4k/60:12k/20:64k/20", f"--size={16 * MIB}", "--verify=crc32c", "--verify_backlog=64",
             "--iodepth=16", "--verify_fatal=1", "--fsync=32", "--output-format=json",
-            "--blockalign=512", f"--io_size={FIO_SIZE}",
+            "--blockalign=512", f"--io_size={FIO_SIZE}", "--verify_state_save=0",
         ]  # fmt: skip
-        running = subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        running = subprocess.Popen(job, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         cuts = 0
         while running.poll() is None:
             proxy.refusing = True

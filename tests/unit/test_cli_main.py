@@ -154,6 +154,7 @@ def test_every_command_can_be_run_and_asked_for_help(capsys: pytest.CaptureFixtu
         *ARCHIVE_COMMANDS,
         *ARCHIVE_READ_COMMANDS,
         *POOL_COMMANDS,
+        *REHYDRATION_COMMANDS,
         *HANDOVER_COMMANDS,
         *EXPORT_COMMANDS,
         *CONFIG_COMMANDS,

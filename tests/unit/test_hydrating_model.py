@@ -4,6 +4,7 @@ fails, no byte is lost and none is older than it may be. The sweep runs all the 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -300,6 +301,9 @@ class Rehydrating(RuleBasedStateMachine):
 
 
 Rehydrating.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=int(os.environ.get("BLOCKFERRY_REHYDRATE_EXAMPLES", "25")),
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 TestRehydrating = Rehydrating.TestCase
