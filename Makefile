@@ -70,6 +70,8 @@ soak: $(READY) ## thousands of kills at random instants, and a hundred thousand 
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_CRASH_PASSES=4 deploy/isolate \
 		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" \
 		tests/fault/test_cycle_crashes.py tests/fault/test_group_commits.py
+	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_CYCLE_STEPS=3000 deploy/isolate \
+		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/fault/test_cycle_lives.py
 
 .PHONY: system
 system: $(READY) ## two hosts in network namespaces of their own (root)
