@@ -236,8 +236,11 @@ def test_plan_and_status_for_people(
     done = run_cli("agent", "status", "a", "--agent", agent.address)
     assert done.stdout.splitlines()[0] == "a: waiting"
     refused(run_cli("agent", "status", "y", "--agent", agent.address), "there is no policy y", "a, x")
+    server.kill()
+    # Whose server it is that is away is told apart.
+    refused(run_cli("agent", "plan", "a", "--agent", agent.address), server.address, "blockferry-server runs there")
     agent.kill()
-    refused(run_cli("status", "--agent", agent.address), "blockferry-agent runs there", "--agent")
+    refused(run_cli("status", "--agent", agent.address), "no agent answers there", "blockferry-agent runs there")
 
 
 def test_the_end_waits_for_what_runs_unless_somebody_hurries(

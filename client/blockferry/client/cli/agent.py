@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 
 from blockferry.client.cli.main import Command
@@ -25,7 +27,8 @@ async def _agent(arguments: argparse.Namespace) -> AsyncIterator[Connection]:
     try:
         yield connection
     except BlockferryError as error:
-        if error.code is Code.UNAVAILABLE:
+        # What the agent itself cannot reach it says in its own words.
+        if error.code is Code.UNAVAILABLE and arguments.agent in error.what:
             error.next = "check that blockferry-agent runs there, or name its address with --agent"
             error.cause = error.cause.replace("server", "agent")
         raise
@@ -190,26 +193,53 @@ async def _status(arguments: argparse.Namespace, console: Console) -> int:
 
 async def _watch(arguments: argparse.Namespace, console: Console) -> int:
     """Show policies whenever they change, until interrupted; with `--json` an object for each change."""
-    shown: dict[str, pb.Policy] = {}
+    shown: dict[str, tuple[pb.Policy, float]] = {}
     async with _agent(arguments) as connection:
         request = pb.WatchPoliciesRequest(policy=arguments.policy or "")
         with _screen(console) as show:
-            async for message in connection.stream("Agent/WatchPolicies", request, pb.WatchPoliciesResponse):
-                if message.complete:
-                    shown.clear()
-                shown.update({policy.name: policy for policy in message.policies})
-                if console.json:
-                    changed = [fields(policy) for policy in message.policies]
-                    console.result({"schema": SCHEMA, "policies": changed, "complete": message.complete}, [])
-                else:
-                    show(overview(shown.values()))
+            ticking = asyncio.create_task(_tick(shown, show), name="clock") if _live(console) else None
+            try:
+                async for message in connection.stream("Agent/WatchPolicies", request, pb.WatchPoliciesResponse):
+                    if message.complete:
+                        shown.clear()
+                    shown.update({policy.name: (policy, time.monotonic()) for policy in message.policies})
+                    if console.json:
+                        changed = [fields(policy) for policy in message.policies]
+                        console.result({"schema": SCHEMA, "policies": changed, "complete": message.complete}, [])
+                    else:
+                        show(overview(aged(*one) for one in shown.values()))
+            finally:
+                if ticking is not None:
+                    ticking.cancel()
     return 0
+
+
+async def _tick(shown: Mapping[str, tuple[pb.Policy, float]], show: Callable[[list[str]], None]) -> None:
+    """Time passes although nothing changes."""
+    while True:
+        await asyncio.sleep(1.0)
+        show(overview(aged(*one) for one in shown.values()))
+
+
+def aged(policy: pb.Policy, since: float) -> pb.Policy:
+    """What was told at `since`, on the monotonic clock, as it is now."""
+    passed = round((time.monotonic() - since) * 1000)
+    now = pb.Policy()
+    now.CopyFrom(policy)
+    now.lag_ms += passed
+    now.due_in_ms = max(0, now.due_in_ms - passed)
+    return now
+
+
+def _live(console: Console) -> bool:
+    """Whether what is shown takes the place of what was."""
+    return not console.json and sys.stdout.isatty()
 
 
 @contextlib.contextmanager
 def _screen(console: Console) -> Iterator[Callable[[list[str]], None]]:
     """Where lines take the place of those before; without a terminal they follow them."""
-    if console.json or not sys.stdout.isatty():
+    if not _live(console):
         yield lambda lines: console.result({}, lines)
         return
     from rich.live import Live
