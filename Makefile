@@ -71,6 +71,7 @@ soak: $(READY) ## thousands of kills at random instants, and a hundred thousand 
 	$(call soak,BLOCKFERRY_SOAK_KILLS=$(or $(KILLS),2000),tests/soak tests/fault/test_rehydration_crashes.py)
 	$(call soak,BLOCKFERRY_AGENT_KILLS=$(or $(KILLS),2000),tests/fault/test_agent_kills.py)
 	$(call soak,BLOCKFERRY_CRASH_PASSES=4,tests/fault/test_cycle_crashes.py tests/fault/test_group_commits.py)
+	$(call soak,BLOCKFERRY_CYCLE_STEPS=3000,tests/fault/test_cycle_lives.py)
 	$(call soak,BLOCKFERRY_NBD_EXAMPLES=$(or $(HISTORIES),2000),tests/integration/test_nbd_server.py -k history)
 	$(call soak,BLOCKFERRY_CRASH_STEP=1,tests/fault/test_archive_crashes.py)
 	$(call soak,BLOCKFERRY_ARCHIVE_BLOCKS=65536,tests/integration/test_archive_create.py -k 16_tib)

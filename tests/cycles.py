@@ -24,11 +24,14 @@ from blockferry.common.agent_config import Policy
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
 
+from tests.fault.raw import Raw
 from tests.images import KIB, build, noise
-from tests.library import generation, replicated
+from tests.library import generation
 from tests.support import Server
 
 REGION = 64 * KIB
+HELD = 75
+"""Exit status of a process that found somebody else's lease still running."""
 SIZE = 40 * REGION + 1000
 """Bytes of `image`: the last region is short."""
 
@@ -116,7 +119,13 @@ def clones_of(source: Path) -> list[Path]:
 
 def same(server: Server, volumes: Mapping[str, Path]) -> bool:
     """Whether the newest generation of each volume is what its source holds."""
-    return all(replicated(server, volume) == source.read_bytes() for volume, source in volumes.items())
+    return all(held(server, volume, source.stat().st_size) == source.read_bytes() for volume, source in volumes.items())
+
+
+def held(server: Server, volume: str, size: int) -> bytes:
+    """What the newest generation of a volume of `size` bytes holds, whether or not it is an image yet."""
+    with Raw(server.address) as raw:
+        return raw.read(volume, 0, 0, size)
 
 
 def generations(server: Server, volumes: Sequence[str]) -> list[int]:
@@ -164,7 +173,12 @@ async def refused(work: Awaitable[object], code: Code, *words: str) -> Blockferr
 def _run(policies: dict[str, Policy], state: Path, doom: str) -> None:
     name, _, count = doom.partition(":")
     disk._crash_at, disk._passes_left = name, int(count or 1)
-    asyncio.run(run_cycle(members(policies), Terms(state)))
+    try:
+        asyncio.run(run_cycle(members(policies), Terms(state)))
+    except BlockferryError as error:
+        if error.code is not Code.IN_USE:
+            raise
+        raise SystemExit(HELD) from error
 
 
 def status_of_cycle(policies: Mapping[str, Policy], state: Path, doom: str) -> int | None:
