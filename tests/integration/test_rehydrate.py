@@ -314,7 +314,8 @@ def test_what_is_hydrated_can_be_asked_by_nbd(tmp_path: Path, replica: str) -> N
 
 def test_a_snapshot_while_it_is_used(tmp_path: Path, xfs_pool_root: Path, replica: str, content: bytes) -> None:
     """It can be rehydrated on by itself, and holds what the disk held then."""
-    home = xfs_pool_root / tmp_path.name
+    # A short name: a socket's path may have 107 bytes.
+    home = xfs_pool_root / "used"
     with rehydrating(home, replica, flags=["--bwlimit", "1"]) as disk:
         qemu_io(disk.uri, f"write -P 7 {8 * B} 4k")
         made = ok("rehydration", "snapshot", disk.state, "--name", "before")

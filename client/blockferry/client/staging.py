@@ -152,7 +152,10 @@ class Staging:
     # --- beginning and end --------------------------------------------------------------------------------------------
 
     def _load(self) -> None:
+        lost = (self.directory / "journal").exists() and not (self.directory / "trailers").exists()
         try:
+            if lost:
+                raise ValueError("the trailers are gone")
             self._open_files()
             assert self._journal is not None
             for record in self._journal.records:
@@ -173,8 +176,9 @@ class Staging:
 
     def _open_files(self) -> None:
         try:
-            self._journal = Log(self.directory / "journal")
             self._trailers = disk.create(self.directory / "trailers")
+            # A new journal makes its name durable, and with it that of the trailers.
+            self._journal = Log(self.directory / "journal")
         except OSError as error:
             raise from_os_error(error, f"cannot use {self.directory} for staging") from error
 
@@ -197,7 +201,6 @@ class Staging:
             disk.unlink(self.directory / name)
         for path in self.directory.glob("meta-*"):
             disk.unlink(path)
-        disk.fsync_directory(self.directory)
         self.state, self._trailers_end, self._done = State(), 0, []
         self._open_files()
 

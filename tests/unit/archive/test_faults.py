@@ -102,13 +102,19 @@ async def test_the_superblock_waits_for_every_chunk(site: Site) -> None:
 
 async def test_no_more_uploads_at_a_time_than_are_allowed(site: Site) -> None:
     running = most = 0
+    both = asyncio.Event()
 
     class Counting(FaultyStore):
         async def put_new(self, key: str, parts: object) -> None:
             nonlocal running, most
             running += 1
             most = max(most, running)
+            if running > 1:
+                both.set()
             try:
+                if "/data/" in key:
+                    # Nothing is stored before two are on their way.
+                    await asyncio.wait_for(both.wait(), 10)
                 await asyncio.sleep(0.002)
                 await super().put_new(key, parts)  # type: ignore[arg-type]
             finally:
