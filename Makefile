@@ -58,17 +58,31 @@ protos: $(READY) ## regenerate common/blockferry/v1 from protos/
 bench: $(READY) ## measure, compare with the bounds, write bench/results/ (BENCH=NAME for one)
 	@deploy/isolate $(BIN)/python -m bench $(BENCH)
 
+# $(call soak,ENVIRONMENT,TESTS): tests without a time limit, with larger samples.
+define soak
+@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && $(1) deploy/isolate \
+		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" $(2)
+endef
+
 .PHONY: soak
 soak: $(READY) ## thousands of kills at random instants, and a hundred thousand random messages (hours; KILLS=200 for fewer)
 	@deploy/packages tests
-	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_FUZZ_EXAMPLES=$(or $(MESSAGES),100000) deploy/isolate \
-		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/fault/test_fuzz.py
-	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && BLOCKFERRY_SOAK_KILLS=$(or $(KILLS),2000) deploy/isolate \
-		$(BIN)/python -m pytest --timeout 0 --basetemp="$$base/tests" tests/soak
+	$(call soak,BLOCKFERRY_FUZZ_EXAMPLES=$(or $(MESSAGES),100000),tests/fault/test_fuzz.py)
+	$(call soak,BLOCKFERRY_SOAK_KILLS=$(or $(KILLS),2000),tests/soak tests/fault/test_rehydration_crashes.py)
+	$(call soak,BLOCKFERRY_AGENT_KILLS=$(or $(KILLS),2000),tests/fault/test_agent_kills.py)
+	$(call soak,BLOCKFERRY_CRASH_PASSES=4,tests/fault/test_cycle_crashes.py tests/fault/test_group_commits.py)
+	$(call soak,BLOCKFERRY_CYCLE_STEPS=3000,tests/fault/test_cycle_lives.py)
+	$(call soak,BLOCKFERRY_NBD_EXAMPLES=$(or $(HISTORIES),2000),tests/integration/test_nbd_server.py -k history)
+	$(call soak,BLOCKFERRY_CRASH_STEP=1,tests/fault/test_archive_crashes.py)
+	$(call soak,BLOCKFERRY_ARCHIVE_BLOCKS=65536,tests/integration/test_archive_create.py -k 16_tib)
+	$(call soak,BLOCKFERRY_ARCHIVE_EXAMPLES=$(or $(HISTORIES),2000),tests/unit/test_archive_reader.py \
+		tests/unit/test_archive_restore.py -k "any_chain or whatever_is_there")
+	$(call soak,BLOCKFERRY_REHYDRATE_MIB=4096 BLOCKFERRY_REHYDRATE_EXAMPLES=5000,tests/integration/test_rehydrate.py \
+		tests/unit/test_hydrating_model.py -k "verified or Rehydrating")
 
 .PHONY: system
-system: $(READY) ## two hosts in network namespaces of their own (root)
-	@deploy/packages tests iproute2
+system: $(READY) ## two hosts in network namespaces of their own, a real S3, and a virtual machine (root)
+	@deploy/packages tests iproute2 gateway mmdebstrap qemu-system-x86
 	@base=$$(mktemp -d) && trap 'rm -rf "$$base"' EXIT && deploy/isolate \
 		$(BIN)/python -m pytest --basetemp="$$base/tests" tests/system
 

@@ -14,15 +14,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench import allocation, commits, datapath, floor, nbd
+from bench import agents, allocation, archive, commits, datapath, floor, nbd, nbdserver, rehydrate, schedule, tracking
 
 ENTRIES = {
     allocation.NAME: allocation.measure,
     datapath.NAME: datapath.measure,
     nbd.NAME: nbd.measure,
+    nbdserver.NAME: nbdserver.measure,
+    rehydrate.NAME: rehydrate.measure,
     datapath.TLS_NAME: datapath.measure_tls,
     commits.NAME: commits.measure,
     floor.NAME: floor.measure,
+    tracking.NAME: tracking.measure,
+    schedule.NAME: schedule.measure,
+    agents.NAME: agents.measure,
+    archive.NAME: archive.measure,
 }
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -39,6 +39,11 @@ class Server:
         self._process = process
         self.address = address
 
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
     def peak_bytes(self) -> int:
         """The most memory it ever had resident, in bytes. Files on tmpfs are not part of it."""
         return peak_bytes(self._process.pid)

@@ -21,6 +21,8 @@ from tests.support import Server
 _REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 _DETAILS_KEY = "grpc-status-details-bin"
 SECONDS = 30
+ENDLESS = ("HoldPoint",)
+"""Calls whose answers end with the server alone."""
 
 PACKAGE = "blockferry.v1"
 SIZE = 2 * MIB + 100
@@ -90,7 +92,7 @@ class Reflected:
 
     def call(self, path: str, *requests: dict[str, Any]) -> list[Any]:
         """Call `package.Service/Method` with one request, or with all of them where it takes a stream, and return
-        every answer. Raises grpc.RpcError."""
+        every answer, or the first one of a call that is `ENDLESS`. Raises grpc.RpcError."""
         service, _, name = path.partition("/")
         method = self._pool.FindServiceByName(service).FindMethodByName(name)
         request_class = message_factory.GetMessageClass(method.input_type)
@@ -103,6 +105,10 @@ class Reflected:
         )
         argument: Any = _each(messages) if method.client_streaming else messages[0]
         answer = multi(argument, timeout=SECONDS)
+        if name in ENDLESS:
+            first = next(answer)
+            answer.cancel()
+            return [first]
         return list(answer) if method.server_streaming else [answer]
 
     def stream_refusal(self, path: str, requests: Iterable[dict[str, Any]]) -> Refusal:

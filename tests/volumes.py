@@ -7,6 +7,7 @@ zeros), and yields how to open what it made, as often as one likes, until it is 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import os
 import shutil
@@ -16,17 +17,24 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from blockferry.common.archive.format import ARCHIVE_BLOCK
+from blockferry.common.archive.store import open_store
+from blockferry.common.digests import Data
+from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.regions import Provenance
-from blockferry.common.volumes import DeviceVolume, ImageVolume, NbdVolume, ReplicaVolume, Volume
+from blockferry.common.volumes import DeviceVolume, ImageVolume, NbdVolume, ReplicaVolume, Volume, open_volume
+from blockferry.common.volumes.scratch import ScratchVolume
 from blockferry.server.cache import DigestCache
 from blockferry.server.delta import Delta
 from blockferry.server.gate import Gate
 from blockferry.server.overlay import OverlayVolume
 from blockferry.server.store import Store
 
+from tests.archives import Maker
 from tests.filesystems import FileSystems
 from tests.images import BLOCK, build, noise
 from tests.nbd import Served, nbdcopy, nbdkit, qemu_img, qemu_nbd
+from tests.nbd_serving import serving
 from tests.processes import loop_device
 from tests.support import Server
 from tests.unit.memory_volume import MemoryVolume
@@ -67,6 +75,8 @@ class Kind:
 
     make: Callable[[Site, int, Pieces], AbstractContextManager[Made]]
     provenance: Provenance = Provenance.EXACT
+    """Of maps of regions of at least `coarse` bytes; of smaller ones they are conservative."""
+    coarse: int = 0
     written: bool = True
     """Whether volumes of this kind can be opened for writing."""
     granularity: int = 1
@@ -82,6 +92,10 @@ class Kind:
     the device, where the rest of that block is."""
     looks_for_zeros: bool = False
     """Zeros that are written are found out to be zeros."""
+
+    def knows(self, region_size: int) -> Provenance:
+        """What a map of such regions is."""
+        return self.provenance if region_size >= self.coarse else Provenance.CONSERVATIVE
 
     def size(self, size: int) -> int:
         """The next size that is possible."""
@@ -224,12 +238,112 @@ def overlay(site: Site, size: int, pieces: Pieces) -> Iterator[Made]:
         path.unlink()
 
 
+class _Scratch(ScratchVolume):
+    """It is opened as often as one likes, keeps what was written meanwhile, and may be for reading."""
+
+    writable = True
+
+    async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
+        self._refuse()
+        await super().write(extents)
+
+    async def unmap(self, extents: Sequence[tuple[int, int]]) -> int:
+        self._refuse()
+        return await super().unmap(extents)
+
+    def _refuse(self) -> None:
+        if not self.writable:
+            raise BlockferryError(Code.READ_ONLY, "cannot be written", cause="it is for reading", next="nothing")
+
+    async def close(self) -> None:
+        """The maker does."""
+
+
+@contextlib.contextmanager
+def scratch(site: Site, size: int, pieces: Pieces) -> Iterator[Made]:
+    """An image that stays as it is under changes that are thrown away."""
+    path = build(site.path("ext4"), size, pieces)
+    before = path.read_bytes()
+    found: list[tuple[_Scratch, ImageVolume]] = []
+
+    async def opened(writable: bool) -> Volume:
+        if not found:
+            base = await ImageVolume.open(path)
+            made = await _Scratch.open(base, path.parent, 64 * size + 64 * BLOCK)
+            assert isinstance(made, _Scratch)
+            found.append((made, base))
+        volume = copy.copy(found[0][0])
+        volume.writable = writable
+        return volume
+
+    try:
+        yield Made(
+            functools.partial(opened, False),
+            functools.partial(opened, True),
+            lambda length: os.truncate(path, length),
+        )
+        if path.stat().st_size == size:
+            assert path.read_bytes() == before
+    finally:
+        for made, base in found:
+            os.close(made._fd)
+            base.let_go()
+        path.unlink()
+
+
+@contextlib.contextmanager
+def own_server(site: Site, size: int, pieces: Pieces) -> Iterator[Made]:
+    """An export of our own NBD server."""
+    path = build(site.path("ext4"), size, pieces)
+    try:
+        with serving(lambda: ImageVolume.open(path, writable=True)) as found:
+            yield Made(
+                lambda: NbdVolume.open(found.uri),
+                lambda: NbdVolume.open(found.uri, writable=True),
+                lambda length: os.truncate(path, length),
+            )
+    finally:
+        path.unlink()
+
+
 class _Overlay(OverlayVolume):
     """Closes what is below it, which is nobody else's."""
 
     async def close(self) -> None:
         await super().close()
         await self.base.close()
+
+
+@contextlib.contextmanager
+def archived(site: Site, size: int, pieces: Pieces) -> Iterator[Made]:
+    """A snapshot in an archive, made from a base that had other data in a third of it."""
+    root = site.path("temporary")
+    root.mkdir()
+    content = bytearray(size)
+    for offset, data in pieces:
+        content[offset : offset + len(data)] = data
+    blocks: dict[int, bytes | None] = {}
+    for start in range(0, size, ARCHIVE_BLOCK):
+        data = bytes(content[start : start + ARCHIVE_BLOCK])
+        blocks[start // ARCHIVE_BLOCK] = data if any(data) else None
+    uri = f"file://{root}"
+
+    async def opened() -> Volume:
+        async with await open_store(uri) as store:
+            if not await store.list("names/"):
+                maker = await Maker(store).create()
+                older = {block: noise("older", length_of(block)) for block in blocks if block % 3 == 0}
+                base = await maker.snapshot(size, older)
+                await maker.snapshot(size, blocks, base=base)
+        return await open_volume(f"{uri}#vm")
+
+    def length_of(block: int) -> int:
+        return min(ARCHIVE_BLOCK, size - block * ARCHIVE_BLOCK)
+
+    try:
+        yield Made(opened)
+    finally:
+        shutil.rmtree(root)
 
 
 @contextlib.contextmanager
@@ -282,7 +396,10 @@ KINDS = {
     "nbdkit-file": Kind(nbdkit_file, vouches=False, tail_stays=True),
     "qemu-raw": Kind(functools.partial(qemu, format="raw"), granularity=512, tail_stays=True),
     "qemu-qcow2": Kind(functools.partial(qemu, format="qcow2"), granularity=512),
+    "own-nbd": Kind(own_server),
     "overlay": Kind(overlay),
+    "scratch": Kind(scratch),
     "recovery-point": Kind(recovery_point, written=False),
     "replica": Kind(replica, written=False),
+    "archive": Kind(archived, coarse=ARCHIVE_BLOCK, written=False),
 }

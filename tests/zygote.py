@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = Path(sys.executable).parent
-NAMES = ("blockferry", "blockferry-server")
+NAMES = ("blockferry", "blockferry-server", "blockferry-agent", "blockferry-rehydrate", "archive-life")
+"""The last is no program of an installation: tests/fault/archive_life.py."""
 
 _PR_SET_CHILD_SUBREAPER = 36  # prctl(2)
 _MOST_BYTES = 1 << 20
@@ -87,9 +88,34 @@ def popen(words: list[str], **options: Any) -> subprocess.Popen[Any]:
 def _main_of(name: str) -> Callable[[], int]:
     """Import one program and nothing of the other: what is imported first may matter."""
     if name == "blockferry":
-        from blockferry.client.cli import config, handover, main, pki, pools, replicate  # noqa: F401 main's own choice
+        from blockferry.client.cli import (  # noqa: F401 main's own choice
+            agent,
+            archive,
+            archive_read,
+            config,
+            export,
+            handover,
+            main,
+            pki,
+            pools,
+            rehydration,
+            replicate,
+        )
+        from blockferry.common.archive import directory, reader  # noqa: F401
 
         return main.main
+    if name == "blockferry-agent":
+        from blockferry.client import agent_main
+
+        return agent_main.main
+    if name == "archive-life":
+        from tests.fault import archive_life
+
+        return archive_life.main
+    if name == "blockferry-rehydrate":
+        from blockferry.server.rehydrate import main as rehydrate
+
+        return rehydrate.main
     from blockferry.server import main as server
 
     return server.main

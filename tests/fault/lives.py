@@ -21,6 +21,7 @@ from blockferry.common.durable import Log, write_new, write_unsynced
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
 from blockferry.common.volumes import ImageVolume
+from blockferry.server import commits
 from blockferry.server.cache import DigestCache
 from blockferry.server.generations import Point
 from blockferry.server.replica import Replica
@@ -206,7 +207,7 @@ class World:
         commit_id = bytes.fromhex(record.commit_id)
         self._mark(Minted(commit_id, snapshot, keep))
         try:
-            point = await replica.commit(ref, commit_id, keep)
+            (point,) = await commits.commit([commits.Asked(replica, ref, commit_id, keep)])
         except Killed as death:
             raise _AnswerLost(ref, commit_id, keep) from death
         self._mark(Answered(commit_id, keep))
@@ -216,7 +217,7 @@ class World:
 
     async def ask_again(self, lost: _AnswerLost) -> None:
         """The client repeats its request to the next server."""
-        await self.replica.commit(lost.ref, lost.commit_id, lost.keep)
+        await commits.commit([commits.Asked(self.replica, lost.ref, lost.commit_id, lost.keep)])
         self._mark(Answered(lost.commit_id, lost.keep))
 
     async def _bring(self, ref: pb.SessionRef, region: int, content: bytes) -> None:

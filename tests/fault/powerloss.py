@@ -27,6 +27,7 @@ from blockferry.common import disk, linux
 from blockferry.common.digests import Data
 from blockferry.common.volumes import volume
 from blockferry.server.cache import Stamp
+from blockferry.server.rehydrate import primary
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -175,6 +176,7 @@ class Recorder:
             patch.setattr(linux, "fallocate", self._fallocate)
             patch.setattr(linux, "reflink", self._reflink)
             patch.setattr(Stamp, "of", classmethod(lambda cls, path: self._stamp(path)))
+            patch.setattr(primary, "file_identity", lambda fd: f"file:{self._node(fd)}")
             try:
                 yield
             finally:
@@ -302,12 +304,17 @@ def on_a_state(stamps: dict[int, Stamp]) -> Iterator[None]:
         info = path.stat()
         return stamps.get(info.st_ino) or Stamp(-info.st_ino, info.st_size, info.st_ctime_ns)
 
+    def identity(fd: int) -> str:
+        inode = os.fstat(fd).st_ino
+        return f"file:{stamps[inode].inode if inode in stamps else -inode}"
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(volume, "_executor", _Inline())
         patch.setattr(disk, "fsync", lambda fd: None)
         patch.setattr(disk, "fsync_directory", lambda path: None)
         patch.setattr(linux, "reflink", lambda one, other: os.sendfile(other, one, 0, os.fstat(one).st_size))
         patch.setattr(Stamp, "of", classmethod(lambda cls, path: of(path)))
+        patch.setattr(primary, "file_identity", identity)
         yield
 
 

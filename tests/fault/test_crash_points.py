@@ -43,10 +43,23 @@ def _named(*packages: object) -> set[str]:
     return found
 
 
-BOTH = _named(blockferry.common)
-SERVER = {name for name in _named(blockferry.server) if not name.startswith("device-")}
-"""Those of devices alone are gone through in test_device_crashes.py."""
-CLIENT = _named(blockferry.client)
+ARCHIVING = {
+    name
+    for name in _named(blockferry.common, blockferry.client)
+    if name.startswith(("archive-", "restore-", "object-"))
+}
+"""Of archives, which no sync comes by: gone through in tests/integration/test_archive_*.py."""
+
+BOTH = _named(blockferry.common) - ARCHIVING
+SERVER = {
+    name
+    for name in _named(blockferry.server)
+    if not name.startswith(("device-", "group-", "start-group-", "rehydrate-"))
+}
+"""Those of devices alone are gone through in test_device_crashes.py, those of several commits in one in
+test_group_commits.py, those of disks that are rehydrated in test_rehydration_crashes.py."""
+CLIENT = {name for name in _named(blockferry.client) - ARCHIVING if not name.startswith("cycle-")}
+"""Those of an agent's replication are gone through in test_cycle_crashes.py."""
 
 CLONES_ONLY = {"open-cloned"}
 _JOURNAL = ("complete-", "commit-undo-", "commit-redo-", "commit-space-", "drop-undo-", "drop-merge-", "delta-")

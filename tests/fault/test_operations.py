@@ -75,6 +75,13 @@ def point_digests(local: Local, _: pb.SessionRef) -> Awaitable[object]:
     return drained(local.replication.GetRegionDigests(request, NO_CONTEXT))
 
 
+async def hold_point(local: Local, _: pb.SessionRef) -> None:
+    request = replicas.HoldPointRequest(point=POINT)
+    held: Any = local.replicas.HoldPoint(request, NO_CONTEXT)
+    async with contextlib.aclosing(held):
+        await anext(held)
+
+
 def promote(local: Local, _: pb.SessionRef) -> Awaitable[object]:
     request = replicas.PromoteReplicaRequest(point=POINT, confirm="v")
     return drained(local.replicas.PromoteReplica(request, NO_CONTEXT))
@@ -90,6 +97,7 @@ CALLS: dict[tuple[str, str], Call] = {
     ),
     ("read a point", "ReadRegions"): lambda local, _: local.read("v", 0, 0, SIZE),
     ("read a point", "GetRegionDigests"): point_digests,
+    ("read a point", "HoldPoint"): hold_point,
     ("read a point", "VerifyReplica"): lambda local, _: drained(
         local.replicas.VerifyReplica(replicas.VerifyReplicaRequest(point=POINT), NO_CONTEXT)
     ),

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from tests.support import PROGRAMS, Finished, ok, refused_json, run_cli
+from tests.tables import ROOT
 
 WRONG = """\
 listn = ["grpc://127.0.0.1:9870"]
@@ -80,6 +81,31 @@ def test_what_a_right_file_means(tmp_path: Path) -> None:
         "keep_at_least": {"last": 3, "hourly": 0, "daily": 7, "weekly": 0, "monthly": 0, "yearly": 0},
     }
     assert report["configuration"]["limits"]["sessions"] == 20
+
+
+def test_what_the_file_of_an_agent_means(tmp_path: Path) -> None:
+    file = tmp_path / "agent.toml"
+    file.write_text(
+        "status_page = '127.0.0.1:9871'\n[limits]\nbandwidth = '200M'\n"
+        "[policy.db]\nsource = '/srv/db.raw'\ndestination = 'grpc://127.0.0.1:9870/db'\nrpo = '5m'\ngroup = 'erp'\n"
+        "[policy.x]\nsource = '/dev/sdb'\ndestination = 'grpc://127.0.0.1:9870/x'\nrpo = '90s'\nsnapshot = 'none'\n"
+    )
+    done = run_cli("config", "check", file)
+    assert (done.status, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        f"{file} is a valid configuration of blockferry-agent",
+        "  listens on  grpc+unix:///run/blockferry/agent.sock",
+        "  policy db   /srv/db.raw -> grpc://127.0.0.1:9870/db every 5m, snapshots by reflink, changes by reflink, in "
+        "group erp",
+        "  policy x    /dev/sdb -> grpc://127.0.0.1:9870/x every 90s, without snapshots, changes by digests",
+        "  metrics     http://127.0.0.1:9871/metrics",
+        "  limits      4 transfers at once, 64.0 MiB in flight, 200.0 MiB/s",
+        "  state       /var/lib/blockferry/agent",
+    ]
+    report = ok("config", "check", file)
+    assert (report["kind"], report["configuration"]["policy"]["db"]["rpo"]) == ("agent", 300)
+    done = run_cli("config", "check", ROOT / "deploy/agent.toml")
+    assert done.status == 0
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

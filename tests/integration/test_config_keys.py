@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import secrets
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import grpc
 import pytest
+from blockferry.common.agent_config import AgentConfig
 from blockferry.common.config import ServerConfig
 from blockferry.common.strict import leaves
 from blockferry.v1 import replicas_pb2 as replicas
@@ -24,8 +26,10 @@ from grpc_health.v1 import health_pb2
 
 from tests.configured import Configured, Settings, document
 from tests.images import MIB, build, noise
+from tests.pages import free_port, scraped
 from tests.reflected import Refusal, _refusal
 from tests.support import PROGRAMS, Server, ok, own_directory, run_cli, until
+from tests.tables import ROOT
 
 M = TypeVar("M", bound=Message)
 
@@ -227,7 +231,19 @@ class Key:
     """Other keys that hold in both cases."""
 
 
+PAGE_PORT = free_port()
+
+
+def has_page(_: Server) -> object:
+    """Whether there is a status page, and whose it is."""
+    try:
+        return any(name.startswith("blockferry_pool_") for name in scraped(f"http://127.0.0.1:{PAGE_PORT}/metrics"))
+    except OSError:
+        return False
+
+
 KEYS: dict[str, Key] = {
+    "status_page": Key(f'"127.0.0.1:{PAGE_PORT}"', has_page, True, False),
     "scrub_every": Key('"1s"', scrubbed, True, False),
     "pool.NAME.reserve": Key('"5M"', reserved, 5 * MIB, "a share"),
     "pool.NAME.quota": Key('"7M"', pool("quota"), 7 * MIB, 0),
@@ -337,3 +353,56 @@ def test_plaintext_for_other_machines_is_insecure(tmp_path: Path, insecure: str)
             (line,) = process.stderr.read().splitlines()
             assert "listen[0]: without TLS anybody on the way could" in line
     assert process.returncode == (0 if insecure == "true" else 1)
+
+
+# --- the agent --------------------------------------------------------------------------------------------------------
+
+_AGENT = "integration/test_agent.py"
+_CYCLE = "integration/test_cycle.py"
+_HOOKS = "integration/test_snapshot_hooks.py"
+_SCHEDULE = "unit/test_schedule.py"
+_TLS = f"{_AGENT} test_over_tls_grants_decide"
+
+AGENT_KEYS: dict[str, str] = {
+    "state_dir": f"{_AGENT} test_two_agents_on_one_state_directory",
+    "listen": _TLS,
+    "status_page": f"{_AGENT} test_only_what_changed_is_looked_at_and_counted",
+    "insecure": "unit/test_agent_config.py test_what_is_right",
+    **dict.fromkeys(("tls.cert", "tls.key", "tls.ca", "tls.crl"), _TLS),
+    **dict.fromkeys(("grant[].san", "grant[].role", "grant[].volumes"), _TLS),
+    "limits.transfers": f"{_SCHEDULE} test_no_more_than_the_transfers_and_the_most_urgent_first",
+    "limits.bytes_in_flight": "unit/test_agent.py test_no_more_memory_than_there_may_be",
+    "limits.bandwidth": f"{_CYCLE} test_bandwidth_is_shared_and_can_be_changed_while_it_runs",
+    "policy.NAME.source": f"{_AGENT} test_policies_are_kept_within_their_rpo_whatever_becomes_of_others",
+    "policy.NAME.destination": f"{_AGENT} test_policies_are_kept_within_their_rpo_whatever_becomes_of_others",
+    "policy.NAME.rpo": f"{_SCHEDULE} test_from_start_to_start",
+    "policy.NAME.snapshot": f"{_HOOKS} test_hooks_run_in_order_and_the_snapshot_is_removed",
+    "policy.NAME.tracking": f"{_HOOKS} test_snapshots_of_hooks_are_tracked_where_they_are_clones",
+    "policy.NAME.bandwidth": f"{_AGENT} test_sighup_while_something_is_on_its_way",
+    "policy.NAME.window": f"{_SCHEDULE} test_who_is_outside_of_a_window_waits_for_it",
+    "policy.NAME.priority": f"{_SCHEDULE} test_no_more_than_the_transfers_and_the_most_urgent_first",
+    "policy.NAME.group": f"{_CYCLE} test_a_group_is_committed_together",
+    **{
+        f"policy.NAME.keep.{rule}": f"{_AGENT} test_retention_and_regions_are_those_of_the_policy"
+        for rule in ("last", "hourly", "daily", "weekly", "monthly", "yearly")
+    },
+    "policy.NAME.region_size": f"{_AGENT} test_retention_and_regions_are_those_of_the_policy",
+    "policy.NAME.snapshot_dir": f"{_AGENT} test_retention_and_regions_are_those_of_the_policy",
+    "policy.NAME.snapshot_floor": f"{_HOOKS} test_below_the_floor_no_snapshot_is_taken",
+    "policy.NAME.clone_limit": f"{_CYCLE} test_a_clone_that_takes_too_long_is_given_up",
+    "policy.NAME.stall_timeout": f"{_CYCLE} test_what_makes_no_progress_is_ended",
+    "policy.NAME.hook_timeout": f"{_HOOKS} test_a_hook_that_hangs_is_killed_with_all_that_it_started",
+    **{
+        f"policy.NAME.hooks.{hook}": f"{_HOOKS} test_hooks_run_in_order_and_the_snapshot_is_removed"
+        for hook in ("freeze", "snapshot", "thaw", "remove")
+    },
+    "policy.NAME.hooks.failure": f"{_AGENT} test_policies_are_kept_within_their_rpo_whatever_becomes_of_others",
+}
+"""Keys of an agent, each with the test that shows what difference it makes: what they do takes a replication to see."""
+
+
+def test_every_key_of_an_agent_has_its_test() -> None:
+    assert sorted(AGENT_KEYS) == sorted(leaves(AgentConfig))
+    for path, place in AGENT_KEYS.items():
+        file, name = place.split()
+        assert re.search(rf"^(async )?def {name}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), (path, place)

@@ -10,19 +10,36 @@ import sys
 from pathlib import Path
 
 import pytest
-from blockferry.client import replica, transfer
-from blockferry.client.cli.main import build_parser
+from blockferry.client import replica, snapshots, transfer
+from blockferry.client.cli import export as cli_export
+from blockferry.client.cli.main import DEFAULT_SCRATCH, build_parser
 from blockferry.common import rpc
 from blockferry.common.config import ClientLimits, LimitsConfig
 from blockferry.common.errors import BlockferryError, Code
-from blockferry.common.nbd import client, connection
+from blockferry.common.nbd import answers, client, connection, export, rules
 from blockferry.common.nbd import protocol as nbd_protocol
+from blockferry.common.nbd import server as nbd_server
+from blockferry.common.nbd.peer import Limits
 from blockferry.common.retention import DEFAULT
 from blockferry.common.rpc import to_status
 from blockferry.common.volumes import nbd
-from blockferry.server import base, changes, clones, content, identity, journal, pool, scrub, scrubber, space, store
+from blockferry.server import (
+    base,
+    changes,
+    clones,
+    content,
+    groups,
+    identity,
+    journal,
+    pool,
+    scrub,
+    scrubber,
+    space,
+    store,
+)
 from blockferry.server.arguments import configuration
-from blockferry.v1 import replicas_pb2, replication_pb2
+from blockferry.server.rehydrate import main as rehydrate
+from blockferry.v1 import rehydration_pb2, replicas_pb2, replication_pb2
 
 from bench.nbd import MOST_RATIO
 from bench.peers import blockferry, script, serving
@@ -57,7 +74,8 @@ def test_every_module_is_in_the_readme() -> None:
 
 def code_blocks(document: Path) -> list[str]:
     """Lines of blocks that name no language, without their comments."""
-    blocks = "".join(re.findall(r"^```\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL))
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL)
+    blocks = "".join(block for language, block in fenced if not language)
     return [line.split(" #")[0].rstrip() for line in blocks.splitlines()]
 
 
@@ -65,7 +83,10 @@ def test_commands_of_the_documents_are_commands() -> None:
     lines = {path.name: [line.split() for line in code_blocks(path)] for path in DOCUMENTS}
     clients = [words for found in lines.values() for words in found if words[:1] == ["blockferry"]]
     servers = [words for found in lines.values() for words in found if words[:1] == ["blockferry-server"]]
-    assert (len(clients), len(servers)) == (45, 8)
+    disks = [words for found in lines.values() for words in found if words[:1] == ["blockferry-rehydrate"]]
+    assert (len(clients), len(servers), len(disks)) == (74, 8, 2)
+    for words in disks:
+        rehydrate.parser().parse_args(words[1:])
     for words in clients:
         build_parser().parse_args(words[1:])
     assert [words[1:] for words in servers if "--config" in words] == [["--config", "/etc/blockferry/server.toml"]] * 2
@@ -84,19 +105,34 @@ def test_commands_in_the_text_are_commands() -> None:
     spans = {span for path in DOCUMENTS for span in re.findall(r"`(blockferry [a-z][^`]*)`", path.read_text())}
     # In running text a command may be named without its arguments.
     complete = [span.split() for span in spans if "grpc://" in span]
-    assert len(complete) == 1
+    assert len(complete) == 2
     for words in complete:
         build_parser().parse_args(words[1:])
-    known = re.findall(r"^    ([a-z]+) ", build_parser().format_help(), re.MULTILINE)
-    assert {"plan", "sync", "verify", "volume", "replica", "pool", "pki", "config"} == set(known)
+    known = re.findall(r"^    ([a-z]+)(?: |$)", build_parser().format_help(), re.MULTILINE)
+    assert {
+        "plan", "sync", "verify", "volume", "replica", "pool", "archive", "agent", "status", "rehydration", "pki",
+        "config",
+    } == set(known)  # fmt: skip
     assert {span.split()[1] for span in spans} <= set(known)
 
 
 def test_flags_of_the_documents_exist() -> None:
     """Code that begins with a flag means one of ours; flags of other programs come after the program's name."""
     named = {flag for path in DOCUMENTS for flag in re.findall(r"`(--[a-z][a-z-]*)", path.read_text())}
-    commands = ("sync", "plan", "replica demote", "replica adopt")
-    helped = [run_help("blockferry-server"), *(run_help("blockferry", *words.split()) for words in commands)]
+    commands = (
+        "sync",
+        "plan",
+        "replica demote",
+        "replica adopt",
+        "replica export",
+        "agent sync",
+        "rehydration snapshot",
+        "archive create",
+        "archive restore",
+        "archive verify",
+    )
+    programs = ("blockferry-server", "blockferry-rehydrate")
+    helped = [*map(run_help, programs), *(run_help("blockferry", *words.split()) for words in commands)]
     known = {flag for text in helped for flag in re.findall(r"--[a-z][a-z-]*", text)}
     assert {"--keep", "--keep-at-least", "--keep-changes", "--live"} <= named <= known
 
@@ -128,9 +164,33 @@ def test_formats_and_bounds_of_the_volumes_are_those_that_are_tested() -> None:
     ]
 
 
+def test_bounds_of_the_nbd_server_are_those_of_the_code() -> None:
+    text, limits, mib = document("docs/nbd.md"), Limits(), 1024 * 1024
+    bounds = table(text, "## Bounds")
+    assert [bounds.cells[row, "value"] for row in bounds.rows] == [
+        f"{limits.handshake:g} s",
+        f"{limits.handshakes}",
+        f"{limits.connections}",
+        f"{limits.bytes_in_flight // mib} MiB",
+        f"{limits.bytes_each // mib} MiB",
+        f"{answers.PIECE // mib} MiB",
+        f"{limits.requests}",
+        f"{nbd_protocol.MAX_OPTION_PAYLOAD // 1024} KiB",
+    ]
+    joined = " ".join(text.split())
+    assert f"of {export.SPARSE_LEAST // 1024} KiB and more" in joined
+    assert f"DF up to {rules.DF_SIZE // mib} MiB" in joined
+    assert f"finished for up to {nbd_server.CLOSE_SECONDS:g} s" in joined
+    assert f"reads for {cli_export.PATIENCE_SECONDS:g} s" in joined
+    assert f"`--scratch-limit` ({DEFAULT_SCRATCH // 1024**3}G)" in joined
+    assert {one.name for one in nbd_protocol.Errno} - {"ENOMEM"} == set(
+        re.findall(r"^\| (E[A-Z]+) \|", text, re.MULTILINE)
+    )
+
+
 def test_every_flag_of_sync_is_in_the_readme() -> None:
     flags = set(re.findall(r"--[a-z][a-z-]*", run_help("blockferry", "sync"))) - {"--help"}
-    assert len(flags) == 13
+    assert len(flags) == 16
     assert {flag for flag in flags if flag not in README} == set()
 
 
@@ -156,10 +216,12 @@ def test_failback_is_the_line_of_the_readme(tmp_path: Path) -> None:
 
 def test_every_file_of_a_replica_is_described() -> None:
     """The names that store.py, pool.py and commits.py give to files."""
-    names = {store._IDENTITY, store._LOG, store._SESSION, store._PROGRESS, store._CLEAN, pool._LOCK}
+    names = {store._IDENTITY, store.LOG, store._SESSION, store._PROGRESS, store._CLEAN, pool._LOCK}
     names |= {"work.img", "work.redo", base.IMAGE_NAME, pool.SEEDS, content.PROMOTED, scrub.NAME, identity.NAME}
     assert len(names) == 13
     names |= {
+        f"{groups.PREFIX}ID",
+        f"{snapshots.DIRECTORY}/POLICY.json",
         f"COMMIT-ID{clones.IMAGE}",
         f"COMMIT-ID{journal.REDO}",
         f"COMMIT-ID{journal.UNDO}",
@@ -176,11 +238,11 @@ def test_every_file_of_a_replica_is_described() -> None:
 def test_every_call_and_field_of_a_request_is_described() -> None:
     calls = {
         method.name
-        for file in (replication_pb2, replicas_pb2)
+        for file in (replication_pb2, replicas_pb2, rehydration_pb2)
         for service in file.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }
-    assert len(calls) == 18
+    assert len(calls) == 22
     assert {call for call in calls if call not in PROTOCOL} == set()
     for message in ("OpenSessionRequest", "ApplyChangesRequest", "ApplyChangesResponse", "SessionCommit"):
         fields = replication_pb2.DESCRIPTOR.message_types_by_name[message].fields_by_name

@@ -71,9 +71,12 @@ def test_the_wheel_has_every_module(site: Path) -> None:
     assert modules(site) == set().union(*(modules(ROOT / root) for root in SOURCE_ROOTS))
 
 
-@pytest.mark.parametrize("script", ["blockferry", "blockferry-server"])
+SCRIPTS = ["blockferry", "blockferry-agent", "blockferry-rehydrate", "blockferry-server"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_console_scripts_run_from_the_installed_wheel(site: Path, script: str) -> None:
-    assert sorted(entry.name for entry in (site / "bin").iterdir()) == ["blockferry", "blockferry-server"]
+    assert sorted(entry.name for entry in (site / "bin").iterdir()) == SCRIPTS
     # Dependencies come from this environment, blockferry itself from the wheel.
     where = "import blockferry.common as found; print(found.__path__[0])"
     assert run(sys.executable, "-c", where, cwd=site, PYTHONPATH=str(site)).strip() == str(site / "blockferry/common")

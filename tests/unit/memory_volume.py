@@ -27,7 +27,9 @@ class MemoryVolume(Volume):
         self.operations: list[Operation] = []
         self._zeroing = zeroing
         self._held = {
-            offset // BLOCK_SIZE for offset in range(0, self.size, BLOCK_SIZE) if any(content[offset:][:BLOCK_SIZE])
+            offset // BLOCK_SIZE
+            for offset in range(0, self.size, BLOCK_SIZE)
+            if content[offset : offset + BLOCK_SIZE].strip(b"\0")
         }
 
     @property

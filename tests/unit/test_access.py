@@ -7,21 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from blockferry.common.config import Grant
+from blockferry.common import access
+from blockferry.common.access import ANONYMOUS, LOCAL, ROLES, Identity, Right, allows, caller_of, identity_of
 from blockferry.common.errors import BlockferryError, Code
-from blockferry.server import access
-from blockferry.server.access import (
-    ANONYMOUS,
-    LOCAL,
-    NEEDS,
-    ROLES,
-    Access,
-    Identity,
-    Right,
-    allows,
-    caller_of,
-    identity_of,
-)
+from blockferry.common.settings import Grant
+from blockferry.server.access import NEEDS, Access
 from blockferry.v1 import replicas_pb2, replication_pb2
 from hypothesis import given
 from hypothesis import strategies as st

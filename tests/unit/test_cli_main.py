@@ -11,11 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from blockferry.client.cli.agent import COMMANDS as AGENT_COMMANDS
+from blockferry.client.cli.archive import COMMANDS as ARCHIVE_COMMANDS
+from blockferry.client.cli.archive_read import COMMANDS as ARCHIVE_READ_COMMANDS
 from blockferry.client.cli.config import COMMANDS as CONFIG_COMMANDS
+from blockferry.client.cli.export import COMMANDS as EXPORT_COMMANDS
 from blockferry.client.cli.handover import COMMANDS as HANDOVER_COMMANDS
 from blockferry.client.cli.main import _parse_rate, _parse_region_size, build_parser, main
 from blockferry.client.cli.pki import COMMANDS as PKI_COMMANDS
 from blockferry.client.cli.pools import COMMANDS as POOL_COMMANDS
+from blockferry.client.cli.rehydration import COMMANDS as REHYDRATION_COMMANDS
 from blockferry.client.cli.replicate import COMMANDS
 from blockferry.common.errors import BlockferryError
 from blockferry.common.units import parse_size
@@ -146,10 +151,16 @@ def test_every_command_can_be_run_and_asked_for_help(capsys: pytest.CaptureFixtu
     found = list(leaves(build_parser()))
     assert {"_".join(words) for words in found} == {
         *COMMANDS,
+        *ARCHIVE_COMMANDS,
+        *ARCHIVE_READ_COMMANDS,
         *POOL_COMMANDS,
+        *REHYDRATION_COMMANDS,
         *HANDOVER_COMMANDS,
+        *EXPORT_COMMANDS,
         *CONFIG_COMMANDS,
         *PKI_COMMANDS,
+        *AGENT_COMMANDS,
+        *REHYDRATION_COMMANDS,
     }
     for words in found:
         with pytest.raises(SystemExit) as caught:

@@ -15,11 +15,9 @@ from blockferry.common.config import (
     ClientLimits,
     ConfigError,
     DeviceConfig,
-    Grant,
     LimitsConfig,
     PoolConfig,
     ServerConfig,
-    Tls,
     kind_of,
     load_document,
     load_server,
@@ -28,6 +26,7 @@ from blockferry.common.config import (
 )
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
+from blockferry.common.settings import Grant, Tls
 from blockferry.common.strict import read
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -323,7 +322,7 @@ def test_one_error_is_a_line_and_many_are_bounded() -> None:
 
 
 def test_the_kind_of_a_file_is_told_by_its_keys() -> None:
-    assert list(KINDS) == ["server"]
+    assert list(KINDS) == ["server", "agent"]
     documents: list[dict[str, object]] = [{}, {"pool": {}}, {"nonsense": 1}]
     for document in documents:
         assert kind_of(document) == "server"

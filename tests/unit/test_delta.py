@@ -10,10 +10,11 @@ import msgspec
 import pytest
 from blake3 import blake3
 from blockferry.common import disk
+from blockferry.common.blocks import blocks_of, runs
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.regions import BLOCK_SIZE
 from blockferry.server import delta
-from blockferry.server.delta import Delta, below, blocks_of, extents, index_of, runs
+from blockferry.server.delta import Delta, below, extents, index_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pyroaring import BitMap64

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 
 import pytest
-from blockferry.common.flow import BufferPool, ByteBudget, RateLimiter, Share
+from blockferry.common.flow import AllOf, BufferPool, ByteBudget, RateLimiter, Share
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -340,3 +340,26 @@ async def test_no_order_of_events_breaks_shares(history: list[tuple[int, int, bo
         for _ in range(5):
             await asyncio.sleep(0)
     assert whole.used == 0 and all(share.used == 0 for share in shares)
+
+
+def test_what_is_sent_counts_for_each_of_several_limits() -> None:
+    own, shared = RateLimiter(1000, Clock()), RateLimiter(4000, Clock())
+    both, other = AllOf([own, shared]), AllOf([shared])
+    assert (both.rate, other.rate, AllOf([]).rate, AllOf([RateLimiter(0)]).rate) == (1000, 4000, 0, 0)
+    shared.rate = 500
+    assert both.rate == 500
+
+
+async def test_whoever_has_several_limits_waits_for_the_slowest(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr("blockferry.common.flow.asyncio.sleep", sleep)
+    clock = Clock()
+    fast, slow = RateLimiter(10_000, clock), RateLimiter(1000, clock)
+    await AllOf([fast, slow]).acquire(1200)
+    await AllOf([fast]).acquire(1000)
+    await AllOf([RateLimiter(0, clock)]).acquire(1 << 30)
+    assert slept == pytest.approx([1.2, 0.22])

@@ -13,7 +13,7 @@ import pytest
 from blockferry.common import disk, linux
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
-from blockferry.server import identity
+from blockferry.server import commits, identity
 from blockferry.server import pool as pool_module
 from blockferry.server.identity import File, PoolIdentity, PoolRecord, Verdict, judge
 from blockferry.server.pool import Pool
@@ -70,7 +70,7 @@ async def _with_a_replica(path: Path) -> None:
     replica = await pool.get_or_create("v", 0)
     session = await replica.open_session(pb.OpenSessionRequest(volume="v", size=4096))
     ref = pb.SessionRef(session_id=session.session_id, epoch=session.epoch)
-    await replica.commit(ref, bytes(range(16)), None)
+    await commits.commit([commits.Asked(replica, ref, bytes(range(16)))])
     await pool.close()
     assert (path / "v/clean.json").exists()
 
@@ -172,7 +172,8 @@ async def test_the_notice_lasts_until_the_next_commit_over_restarts(tmp_path: Pa
     pool = await _open(tmp_path / "b")
     replica = pool.get("v")
     session = await replica.open_session(pb.OpenSessionRequest(volume="v", size=4096))
-    await replica.commit(pb.SessionRef(session_id=session.session_id, epoch=session.epoch), bytes(16), None)
+    ref = pb.SessionRef(session_id=session.session_id, epoch=session.epoch)
+    await commits.commit([commits.Asked(replica, ref, bytes(16))])
     assert not pool.is_behind(replica)
     await pool.close()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from blockferry.common import linux
+from blockferry.common.digests import digest_size, digests
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.regions import Provenance
 from blockferry.common.volumes import ImageVolume
@@ -24,6 +25,7 @@ from tests.unit.conftest import Place
 
 BLOCK = 4096
 REGION = 65536
+MIB = 1024 * 1024
 
 SIZES = [1, 511, 4095, 4096, 4097, 65535, 65536, 65537, 131071, 3 * REGION + 1, 10 * REGION + 4095, 2**20 + 4097]
 
@@ -288,6 +290,39 @@ async def test_any_history_of_writes_and_unmaps_reads_counts_and_maps_as_a_model
         assert path.stat().st_size == size
     finally:
         path.unlink(missing_ok=True)
+
+
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@given(
+    pieces=st.lists(st.tuples(st.integers(0, 4 * 256), st.integers(1, 300)), max_size=6),
+    size=st.integers(1, 4 * MIB),
+    piece_size=st.sampled_from([BLOCK, REGION, MIB, 2 * MIB]),
+    first=st.integers(0, 3),
+)
+async def test_digests_made_while_reading_are_those_of_what_was_read(
+    tmp_path: Path, pieces: list[tuple[int, int]], size: int, piece_size: int, first: int
+) -> None:
+    """Whatever the holes, and wherever they lie to what is read in one go."""
+    model = bytearray(size)
+    key, region_size = bytes(range(32)), max(piece_size, REGION)
+    width = digest_size(piece_size, region_size)
+    path = tmp_path / uuid.uuid4().hex
+    async with writable(path, size) as volume:
+        for number, (block, count) in enumerate(pieces):
+            data = (bytes([number + 1]) * (count * BLOCK))[: max(size - block * BLOCK, 0)]
+            await volume.write([(block * BLOCK, data)] if data else [])
+            model[block * BLOCK : block * BLOCK + len(data)] = data
+        count = -(-size // piece_size)
+        first = min(first, count - 1)
+        start = first * piece_size
+        expected = digests(memoryview(model)[start:], piece_size, key, width)
+        buffer = memoryview(bytearray(b"?" * (size - start)))
+        held, found = await volume.read_and_digest([(start, buffer)], piece_size, key, width)
+        assert (found, bytes(buffer)) == (expected, bytes(model[start:]))
+        assert held == [await volume.read_data_into(start, memoryview(bytearray(size - start)))]
+        again = await volume.read_digests(piece_size, [(first, count - first)], key, region_size)
+        assert again == (expected, sum(length for _, length in held[0]))
+    path.unlink()
 
 
 # --- the ladder, seen through a volume --------------------------------------------------------------------------

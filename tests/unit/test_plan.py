@@ -56,6 +56,19 @@ def test_where_one_side_knows_nothing_the_other_still_skips_what_it_can_prove(kn
     assert neither.source_map is neither.destination_map is Provenance.ABSENT
 
 
+@given(maps, maps, bits, st.integers(0, REGION - 1))
+def test_a_tracked_set_narrows_what_is_looked_at_and_not_what_is_done(
+    source: set[int], destination: set[int], tracked: set[int], short: int
+) -> None:
+    ours, theirs = a_map(source, Provenance.EXACT, short), a_map(destination, Provenance.EXACT, short)
+    whole, narrowed = decide(ours, theirs), decide(ours, theirs, BitMap(tracked))
+    for name in ("unmap", "send", "compare"):
+        assert getattr(narrowed, name) == getattr(whole, name) & BitMap(tracked)
+    assert sum(narrowed.counts().values()) == COUNT
+    assert narrowed.bytes_avoided == whole.bytes_to_read - narrowed.bytes_to_read
+    assert (whole.tracked, whole.bytes_avoided) == (None, 0)
+
+
 def test_deciding_changes_neither_map() -> None:
     source, destination = a_map({1, 2}, Provenance.EXACT), a_map({2, 3}, Provenance.EXACT)
     decide(source, destination)

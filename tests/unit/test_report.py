@@ -66,7 +66,15 @@ def test_the_report_of_a_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     committed = pb.Committed(volume="v", generation=3, commit_id=bytes(range(16)))
     report = sync_report(
-        "a.img", "grpc://h:1/v", PLAN, tally, watch, committed, cast(Connection, Counted()), "look out"
+        "a.img",
+        "grpc://h:1/v",
+        PLAN,
+        tally,
+        watch,
+        committed,
+        cast(Connection, Counted()),
+        "look out",
+        "nothing is tracked",
     )
     assert report == {
         "schema": 1,
@@ -91,6 +99,8 @@ def test_the_report_of_a_sync(monkeypatch: pytest.MonkeyPatch) -> None:
             "unmapped": 7,
         },
         "seconds": {"total": 3.75, "map": 0.5, "transfer": 3.0, "commit": 0.25},
+        "tracked": None,
+        "full_compare": "nothing is tracked",
         "warning": "look out",
     }
 

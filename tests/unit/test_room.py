@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import Retention
+from blockferry.server import commits
 from blockferry.server import room as room_module
 from blockferry.server.pool import Pool
 from blockferry.server.room import Measured, ReplicaRoom, Room
@@ -156,7 +157,7 @@ async def test_a_write_that_would_break_the_reserve_fails_the_session(
         await replica.write_regions([_write(2)], ref)
     assert os.pread(session.volume._fd, 1, 2 * REGION) == b"\0"  # type: ignore[attr-defined]
     with pytest.raises(BlockferryError, match="are reserved"):
-        await replica.commit(ref, bytes(16), None)
+        await commits.commit([commits.Asked(replica, ref, bytes(16))])
     await replica.abort(ref, discard=False)
     assert not replica.store.content.has_work(), "its space was not given back"
 

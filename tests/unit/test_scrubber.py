@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from blockferry.common.retention import Retention
-from blockferry.server import scrub, scrubber
+from blockferry.server import commits, scrub, scrubber
 from blockferry.server.pools import Pools, PoolSpec
 from blockferry.server.replica import Replica
 from blockferry.server.scrub import ScrubRecord, last_scrub, record_scrub, verify_point
@@ -57,7 +57,7 @@ async def _commit(pools: Pools, name: str) -> Replica:
     for number in range(2):
         request.offset = number * REGION
         await replica.write_regions([(request, memoryview(b"x" * REGION))], ref)
-    await replica.commit(ref, os.urandom(16), None)
+    await commits.commit([commits.Asked(replica, ref, os.urandom(16))])
     return replica
 
 

@@ -16,6 +16,11 @@ from blockferry.common.errors import from_os_error
 COMMIT_ID_SIZE = 16
 
 
+def new_commit_id() -> str:
+    """One that nobody else has, in hexadecimal."""
+    return secrets.token_hex(COMMIT_ID_SIZE)
+
+
 class CommitRecord(msgspec.Struct, frozen=True):
     """The last commit asked for. Hexadecimal ids; `confirmed` once the destination has said so. `newest_id` and
     `newest_generation` are the newest commit that is confirmed, this one or one before (empty and 0: none)."""
@@ -44,11 +49,11 @@ class CommitLedger:
     def _path(self, replica_uuid: bytes) -> Path:
         return self._directory / f"{replica_uuid.hex()}.json"
 
-    def mint(self, replica_uuid: bytes, volume: str, source: str) -> CommitRecord:
-        """A new commit id, durable when this returns."""
+    def mint(self, replica_uuid: bytes, volume: str, source: str, commit_id: str = "") -> CommitRecord:
+        """A new commit id, durable when this returns; or one that was minted with its snapshot."""
         # A path may hold bytes that are no UTF-8; JSON may not.
         source = source.encode("utf-8", "backslashreplace").decode()
-        record = CommitRecord(replica_uuid.hex(), volume, source, secrets.token_hex(COMMIT_ID_SIZE))
+        record = CommitRecord(replica_uuid.hex(), volume, source, commit_id or new_commit_id())
         before = self.last(replica_uuid)
         if before is not None:
             record = msgspec.structs.replace(

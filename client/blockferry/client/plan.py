@@ -19,6 +19,10 @@ class Plan:
     unmap: BitMap
     send: BitMap
     compare: BitMap
+    tracked: BitMap | None = None
+    """The regions looked at, where a change tracker has proven all others untouched; None: all."""
+    bytes_avoided: int = 0
+    """Bytes that need not be read at the source for that reason."""
 
     @property
     def skip_count(self) -> int:
@@ -40,8 +44,9 @@ class Plan:
         return self.geometry.bytes_in(self.send) + self.geometry.bytes_in(self.compare)
 
 
-def decide(source: AllocationMap, destination: AllocationMap) -> Plan:
-    """The four cases. Raises SIZE_MISMATCH unless both maps describe the same geometry."""
+def decide(source: AllocationMap, destination: AllocationMap, tracked: BitMap | None = None) -> Plan:
+    """The four cases, of all regions or of `tracked` ones: that narrows what is looked at, never what is done with it.
+    Raises SIZE_MISMATCH unless both maps describe the same geometry."""
     if source.geometry != destination.geometry:
         raise BlockferryError(
             Code.SIZE_MISMATCH,
@@ -50,11 +55,17 @@ def decide(source: AllocationMap, destination: AllocationMap) -> Plan:
             next="use the same region size, and --grow where the source is larger",
         )
     src, dst = source.regions, destination.regions
+    bytes_avoided = 0
+    if tracked is not None:
+        bytes_avoided = source.geometry.bytes_in(src - tracked)
+        src, dst = src & tracked, dst & tracked
     return Plan(
         geometry=source.geometry,
         source_map=source.provenance,
         destination_map=destination.provenance,
-        # Neither in src nor in dst: skip. Both maps prove zeros.
+        tracked=tracked,
+        bytes_avoided=bytes_avoided,
+        # Neither in src nor in dst: skip. Both maps prove zeros, or a tracker that it was not touched.
         compare=src & dst,
         unmap=dst - src,
         send=src - dst,

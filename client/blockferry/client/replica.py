@@ -9,13 +9,14 @@ import socket
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from blockferry.client.report import Tally
 from blockferry.common.address import Address
 from blockferry.common.digests import digest_size
 from blockferry.common.disk import crash_point
 from blockferry.common.errors import BlockferryError, Code
-from blockferry.common.flow import ByteBudget, RateLimiter
+from blockferry.common.flow import AllOf, ByteBudget
 from blockferry.common.framing import Outgoing, encode_request
 from blockferry.common.regions import AllocationMap, Run
 from blockferry.common.retention import Retention
@@ -32,7 +33,7 @@ STALL_SECONDS = 3.0
 
 
 class ReplicaSession:
-    """An open session. Use `open`, then `changes`, then `commit` or `abort`; `close` in any case."""
+    """An open session, until it is committed (`commit_sessions`) or aborted."""
 
     def __init__(self, connection: Connection, volume: str, opened: pb.OpenSessionResponse) -> None:
         self._connection = connection
@@ -49,6 +50,14 @@ class ReplicaSession:
         """Regions that are durable from an interrupted session of the same immutable snapshot."""
         for run in opened.durable_regions:
             self.durable.add_range(run.first, run.first + run.count)
+        self.altered: BitMap | None = None
+        """Regions in which the session may begin with something else than the newest generation holds; None: nobody can
+        say, and `doubt` says why."""
+        self.doubt = opened.base_doubt or "the server does not say what a session begins with"
+        if opened.base_known:
+            self.altered = BitMap()
+            for run in opened.altered_regions:
+                self.altered.add_range(run.first, run.first + run.count)
 
     @classmethod
     async def open(
@@ -114,36 +123,6 @@ class ReplicaSession:
             )
         return joined
 
-    async def commit(self, commit_id: bytes, keep: Retention | None) -> pb.Committed:
-        """Ask for the commit. `commit_id` must be durable at the source before. Where the answer is lost it is asked
-        for again: a commit id commits once."""
-        request = pb.CommitSessionsRequest()
-        request.commits.add(
-            session=self.ref,
-            volume=self.volume,
-            commit_id=commit_id,
-            keep=retention_to_wire(keep) if keep is not None else None,
-        )
-        for pause in (*COMMIT_RETRY_SECONDS, None):
-            try:
-                response = await self._connection.call("Replication/CommitSessions", request, pb.CommitSessionsResponse)
-            except BlockferryError as error:
-                # One that the server has no room for at the moment is not lost: a minute's work might be.
-                if error.code not in (Code.UNAVAILABLE, Code.LIMITED) or (error.code is Code.LIMITED and pause is None):
-                    raise
-                if pause is None:
-                    raise BlockferryError(
-                        Code.UNAVAILABLE,
-                        f"no answer to the commit from {self._connection.address.uri}",
-                        cause="the server went away; it may have committed or not",
-                        next="check that blockferry-server runs there, then run this again: either way it goes on "
-                        "from there",
-                    ) from error
-                await asyncio.sleep(pause)
-            else:
-                return response.commits[0]
-        raise AssertionError
-
     async def abort(self) -> None:
         """End the session without a commit, as far as the server can still be reached."""
         with contextlib.suppress(BlockferryError, TimeoutError):
@@ -153,6 +132,48 @@ class ReplicaSession:
                 )
 
 
+@dataclass(frozen=True)
+class Commit:
+    """A session whose content is to become its replica's newest generation. `commit_id` must be durable at the source
+    before it is asked for; `keep` None leaves the retention rules as they are."""
+
+    session: ReplicaSession
+    commit_id: bytes
+    keep: Retention | None
+
+
+async def commit_sessions(connection: Connection, commits: Sequence[Commit]) -> list[pb.Committed]:
+    """Ask for commits on one server: all of them happen, or none. Where the answer is lost it is asked for again: a
+    commit id commits once."""
+    request = pb.CommitSessionsRequest()
+    for one in commits:
+        request.commits.add(
+            session=one.session.ref,
+            volume=one.session.volume,
+            commit_id=one.commit_id,
+            keep=retention_to_wire(one.keep) if one.keep is not None else None,
+        )
+    for pause in (*COMMIT_RETRY_SECONDS, None):
+        try:
+            response = await connection.call("Replication/CommitSessions", request, pb.CommitSessionsResponse)
+        except BlockferryError as error:
+            # One that the server has no room for at the moment is not lost: a minute's work might be.
+            if error.code not in (Code.UNAVAILABLE, Code.LIMITED) or (error.code is Code.LIMITED and pause is None):
+                raise
+            if pause is None:
+                raise BlockferryError(
+                    Code.UNAVAILABLE,
+                    f"no answer to the commit from {connection.address.uri}",
+                    cause="the server went away; it may have committed or not",
+                    next="check that blockferry-server runs there, then run this again: either way it goes on "
+                    "from there",
+                ) from error
+            await asyncio.sleep(pause)
+        else:
+            return list(response.commits)
+    raise AssertionError
+
+
 class ChangeStream:
     """The ApplyChanges stream of a session: sends changes, takes acknowledgements, and bounds what lies between them.
 
@@ -160,7 +181,7 @@ class ChangeStream:
     """
 
     def __init__(
-        self, connection: Connection, session: ReplicaSession, limiter: RateLimiter, in_flight: int, tally: Tally
+        self, connection: Connection, session: ReplicaSession, limiter: AllOf, in_flight: int, tally: Tally
     ) -> None:
         self._connection = connection
         self._session = session

@@ -111,8 +111,10 @@ def sync_report(
     committed: pb.Committed,
     connection: Connection,
     warning: str,
+    full_compare: str,
 ) -> dict[str, object]:
-    """The report of `sync`; `warning` is null unless there is something people should know although all went well."""
+    """The report of `sync`; `warning` is null unless there is something people should know although all went well.
+    `full_compare` says why all regions were looked at; null where `tracked` says how many were."""
     return {
         "schema": SCHEMA,
         "source": source,
@@ -136,5 +138,9 @@ def sync_report(
             "unmapped": tally.unmapped,
         },
         "seconds": watch.report("map", "transfer", "commit"),
+        "tracked": None
+        if plan.tracked is None
+        else {"regions": len(plan.tracked), "bytes_avoided": plan.bytes_avoided},
+        "full_compare": full_compare or None,
         "warning": warning or None,
     }

@@ -73,8 +73,6 @@ class Transfer:
         self._phase = phase
         self._tally = tally
         self._refiner = Refiner(session.key, plan.geometry.region_size)
-        # Under a low bandwidth limit small messages: a large one would take long enough to look stuck.
-        self._message_size = min(MESSAGE_SIZE, stream.rate // 4) if stream.rate else MESSAGE_SIZE
         self._batch = max(min(BATCH_SIZE, buffer_bytes) // plan.geometry.region_size, 1)
         self._buffers = BufferPool(self._batch * plan.geometry.region_size, buffer_bytes)
 
@@ -98,6 +96,11 @@ class Transfer:
             # Not raised above: before Python 3.11.4 whatever leaves an `except*` is wrapped in a group again.
             raise failure
         await self._send_again(await self._stream.drain())
+
+    @property
+    def _message_size(self) -> int:
+        # Under a low bandwidth limit small messages: a large one would take long enough to look stuck.
+        return min(MESSAGE_SIZE, self._stream.rate // 4) if self._stream.rate else MESSAGE_SIZE
 
     def _batches(self) -> Iterable[tuple[list[Run], bool]]:
         """(runs of regions, compare?) in ascending order, so that both disks are read in order."""

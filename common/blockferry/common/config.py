@@ -1,4 +1,4 @@
-"""The configuration files: every section and key, its default and its range, and how a file is read.
+"""The configuration files: what a server's may say (an agent's: agent_config.py), and how a file is read.
 
 A file is TOML and read strictly (strict.py): whatever is unknown, missing or out of range is an error, and all errors
 are said at once. Everything here is pure but `load`. docs/configuration.md describes every key for people.
@@ -11,15 +11,32 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
-from blockferry.common.address import Address, check_volume_name
+from blockferry.common.agent_config import AgentConfig, check_agent
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.nbd.uri import NbdUri, is_nbd_uri
 from blockferry.common.retention import DEFAULT, Retention
+from blockferry.common.settings import (
+    MIB,
+    AbsolutePath,
+    Count,
+    Duration,
+    Grant,
+    HostAndPort,
+    InFlight,
+    Lease,
+    Listen,
+    MessageSize,
+    Name,
+    Size,
+    Sound,
+    Tls,
+    absolute,
+    check_serving,
+)
 from blockferry.common.strict import Problem, Reads, join, read
-from blockferry.common.units import parse_duration, parse_seconds, parse_size
 
 DEFAULT_LISTEN = "grpc://127.0.0.1:9870"
 LARGEST_FILE = 1024 * 1024
@@ -29,97 +46,12 @@ _NEWLINE = b"\n"
 _MOST_SHOWN = 100
 """Lines about one file: nobody reads more."""
 
-MIB, TIB = 1 << 20, 1 << 40
-
-
-# --- kinds of values ----------------------------------------------------------------------------------------------
-
-
-def _absolute(text: str) -> Path:
-    if not text.startswith("/") or "\0" in text:
-        # A server is started from wherever its supervisor happens to be.
-        raise _bad(f"{text!r} is not an absolute path", "write it from / on")
-    return Path(text)
-
-
-def _listen(text: str) -> str:
-    if Address.parse(text).volume:
-        raise _bad(
-            f"{text!r} names a volume", "write grpc://HOST:PORT or grpc+unix:///SOCKET: a server serves them all"
-        )
-    return text
-
-
-def _device(text: str) -> str:
-    return NbdUri.parse(text).uri if is_nbd_uri(text) else str(_absolute(text))
-
-
-def _pattern(text: str) -> str:
-    if not text:
-        raise _bad("an empty pattern matches no volume", 'write a name, or a pattern such as "erp-*" or "*"')
-    return text
-
-
-def _san(text: str) -> str:
-    if not text or any(not character.isprintable() for character in text):
-        raise _bad("this is no subject alternative name", 'write it as it is in the certificate: "agent.site-a"')
-    return text
-
-
-def _between(parse: Callable[[str], Any], least: float, most: float, words: str) -> Callable[[str], Any]:
-    """`parse`, and a range; `words` is the range as people would write it."""
-
-    def parsed(text: str) -> Any:
-        value = parse(text)
-        if not least <= value <= most:
-            raise _bad(f"{text!r} is out of range", f"write {words}")
-        return value
-
-    return parsed
-
-
-def _bad(what: str, next_step: str) -> BlockferryError:
-    return BlockferryError(Code.INVALID_ARGUMENT, what, next=next_step)
-
-
-_SIZE = 'a size such as "10G"'
-_DURATION = 'a duration such as "7d"'
-
-AbsolutePath = Annotated[Path, Reads(_absolute, "an absolute path")]
-KeyPath = Annotated[Path, Reads(_absolute, "the absolute path of a file with a private key", secret=True)]
-Name = Annotated[str, Reads(check_volume_name, "a name")]
-Listen = Annotated[str, Reads(_listen, 'an address such as "grpc://127.0.0.1:9870"')]
-Size = Annotated[int, Reads(parse_size, _SIZE, numbers=True)]
-Duration = Annotated[int, Reads(parse_duration, _DURATION, numbers=True)]
-Lease = Annotated[float, Reads(_between(parse_seconds, 0.1, 86400, "0.1s to 24h"), 'a duration such as "60s"')]
-MessageSize = Annotated[int, Reads(_between(parse_size, 5 * MIB, 64 * MIB, "5M to 64M"), _SIZE, numbers=True)]
-InFlight = Annotated[int, Reads(_between(parse_size, MIB, TIB, "1M to 1T"), _SIZE, numbers=True)]
-Count = Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
-
 
 # --- server.toml --------------------------------------------------------------------------------------------------
 
-TLS_ENVIRONMENT = "BLOCKFERRY_TLS_"
-"""Before CERT, KEY and CA: files for commands that are given none."""
 
-
-class Tls(msgspec.Struct, frozen=True):
-    """Mutual TLS: this side's certificate and key, the authority that must have signed the other side's, and what it
-    has revoked. PEM files."""
-
-    cert: AbsolutePath
-    key: KeyPath
-    ca: AbsolutePath
-    crl: AbsolutePath | None = None
-
-
-class Grant(msgspec.Struct, frozen=True):
-    """What whoever has a certificate with this subject alternative name may do, and with which volumes."""
-
-    san: Annotated[str, Reads(_san, "text")]
-    role: Literal["agent", "operator", "viewer"]
-    volumes: tuple[Annotated[str, Reads(_pattern, "a name or a pattern")], ...] = ("*",)
-    """Shell-style patterns."""
+def _device(text: str) -> str:
+    return NbdUri.parse(text).uri if is_nbd_uri(text) else str(absolute(text))
 
 
 class PoolConfig(msgspec.Struct, frozen=True):
@@ -177,6 +109,8 @@ class ServerConfig(msgspec.Struct, frozen=True):
 
     listen: tuple[Listen, ...] = (DEFAULT_LISTEN,)
     insecure: bool = False
+    status_page: HostAndPort | None = None
+    """None: no metrics over HTTP."""
     scrub_every: Duration = 0
     """Seconds; 0: never."""
     tls: Tls | None = None
@@ -187,41 +121,11 @@ class ServerConfig(msgspec.Struct, frozen=True):
     grant: tuple[Grant, ...] = ()
 
 
-def _check_server(config: ServerConfig, sound: Callable[[str], bool]) -> Iterator[Problem]:
-    """What is wrong between keys. `sound`: nothing is wrong inside this section, so that one mistake is said once."""
-    if config.grant and config.tls is None and sound("tls"):
-        yield Problem("grant", "without TLS nobody can be told apart", "add a section [tls], or remove the grants")
-    if not config.listen and sound("listen"):
-        yield Problem("listen", "a server that listens nowhere serves nobody", "name an address, or leave it out")
-    if sound("insecure") and not config.insecure:
-        for index, uri in enumerate(config.listen):
-            address = Address.parse(uri)
-            if not address.tls and not address.loopback and sound("listen"):
-                yield Problem(
-                    f"listen[{index}]",
-                    "without TLS anybody on the way could read and change whole disks",
-                    "use grpcs://, a loopback address, or insecure = true here and --insecure at clients if the "
-                    "network itself is trusted",
-                )
-    for index, uri in enumerate(config.listen if sound("listen") else ()):
-        if Address.parse(uri).tls and config.tls is None and sound("tls"):
-            yield Problem(f"listen[{index}]", "TLS needs a certificate", "add a section [tls] with cert, key and ca")
-        if config.grant and sound("grant") and plaintext(uri):
-            yield Problem(f"listen[{index}]", *USELESS)
+def _check_server(config: ServerConfig, sound: Sound) -> Iterator[Problem]:
+    """What is wrong between keys."""
+    yield from check_serving(config, sound)
     yield from _check_overlap(config.pool)
     yield from _check_devices(config.device)
-
-
-USELESS = (
-    "with grants nobody could use it: plaintext over TCP has no identity",
-    "use grpcs://, or grpc+unix:// for whoever administers this host",
-)
-
-
-def plaintext(uri: str) -> bool:
-    """Whether an address is plaintext over TCP."""
-    address = Address.parse(uri)
-    return not address.tls and bool(address.host)
 
 
 def _check_overlap(pools: dict[str, PoolConfig]) -> Iterator[Problem]:
@@ -256,10 +160,10 @@ class Kind:
     """A kind of configuration file: its schema, and what must hold between its keys."""
 
     schema: type[msgspec.Struct]
-    check: Callable[[Any, Callable[[str], bool]], Iterator[Problem]]
+    check: Callable[[Any, Sound], Iterator[Problem]]
 
 
-KINDS = {"server": Kind(ServerConfig, _check_server)}
+KINDS = {"server": Kind(ServerConfig, _check_server), "agent": Kind(AgentConfig, check_agent)}
 """By the name of the program that reads them."""
 
 
@@ -317,8 +221,12 @@ def parse(data: bytes, file: str) -> dict[str, object]:
 def validate(kind: str, document: Mapping[str, object], file: str) -> msgspec.Struct:
     """The configuration a document means. Raises ConfigError with all that is wrong."""
     config, problems = read(KINDS[kind].schema, document)
-    wrong = {problem.path.split(".")[0].split("[")[0] for problem in problems}
-    problems += KINDS[kind].check(config, lambda section: section not in wrong)
+    wrong = [problem.path for problem in problems]
+
+    def sound(section: str) -> bool:
+        return not any(path == section or path.startswith((f"{section}.", f"{section}[")) for path in wrong)
+
+    problems += KINDS[kind].check(config, sound)
     if problems:
         raise ConfigError(file, problems)
     return config
@@ -339,4 +247,11 @@ def load_server(path: Path, *, insecure: bool = False) -> ServerConfig:
     document = load_document(path)
     found = validate("server", {**document, "insecure": True} if insecure else document, str(path))
     assert isinstance(found, ServerConfig)
+    return found
+
+
+def load_agent(path: Path) -> AgentConfig:
+    """An agent's file. Raises as `load_document` and `validate`."""
+    found = validate("agent", load_document(path), str(path))
+    assert isinstance(found, AgentConfig)
     return found

@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import structlog
-from blockferry.common.config import Tls
 from blockferry.common.errors import BlockferryError
+from blockferry.common.settings import Tls
 from blockferry.common.tls import Material
 from blockferry.common.volumes.volume import in_thread
 

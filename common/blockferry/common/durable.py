@@ -9,7 +9,7 @@ import contextlib
 import errno
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -122,9 +122,12 @@ class Log:
     opened. A bad line anywhere else means the disk lost something that was acknowledged: CORRUPT_STATE.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, at_least: int = 0) -> None:
+        """Open a log, creating it if need be. So many bytes of it are known to have been durable: what is wrong with
+        those, or that they are missing, is never taken for a torn end."""
         self.path = path
         self._broken = False
+        self._at_least = at_least
         self.records: list[dict[str, object]] = []
         created = not path.exists()
         self._fd = disk.create(path, os.O_RDWR | os.O_APPEND)
@@ -136,6 +139,13 @@ class Log:
             os.close(self._fd)
             raise
 
+    @classmethod
+    def create(cls, path: Path, records: Sequence[dict[str, object]]) -> Log:
+        """A new log in the place of whatever `path` is, which appears with all these records."""
+        data = b"".join(map(_encode, records))
+        write_atomic(path, data)
+        return cls(path, at_least=len(data))
+
     def _load(self) -> None:
         with open(self._fd, "rb", closefd=False) as file:
             data = file.read()
@@ -146,30 +156,55 @@ class Log:
             record = _decode(line) if end >= 0 else None
             if record is None:
                 if end >= 0 and (end + 1 < len(data) or _ends_with_record(line)):
-                    raise BlockferryError(
-                        Code.CORRUPT_STATE,
-                        f"{self.path} is damaged",
-                        cause=f"the record at byte {good} fails its checksum and is not the last one",
-                        next="restore the file from a backup of the pool, or delete the replica and sync it anew",
-                    )
-                disk.truncate(self._fd, good)
+                    raise self._damaged(f"the record at byte {good} fails its checksum and is not the last one")
+                if good >= self._at_least:
+                    disk.truncate(self._fd, good)
                 break
             self.records.append(record)
             good = end + 1
-        if self.records:
+        if good < self._at_least:
+            raise self._damaged(f"{good} bytes of it are whole, and {self._at_least} were durable")
+        if good > self._at_least:
             # A process that died before its flush may have left some in memory only. None is believed, and told to
             # anybody, before it is durable.
             disk.fsync(self._fd)
+
+    def _damaged(self, cause: str) -> BlockferryError:
+        return BlockferryError(
+            Code.CORRUPT_STATE,
+            f"{self.path} is damaged",
+            cause=cause,
+            next="restore the file from a backup of the pool, or delete the replica and sync it anew",
+        )
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return os.fstat(self._fd).st_size
+
+    def replace(self, records: Sequence[dict[str, object]]) -> None:
+        """Put these records in the place of all there are: durably, and all of them or none. After an OSError the log
+        is as it was, or must be opened again before anything is believed."""
+        data = b"".join(map(_encode, records))
+        try:
+            write_atomic(self.path, data)
+            fd = disk.create(self.path, os.O_RDWR | os.O_APPEND)
+        except OSError:
+            # Whether the name now means the new file, and will tomorrow, decides where later records would go.
+            self._broken = self._broken or not os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+            raise
+        os.close(self._fd)
+        self._fd, self._broken = fd, False
+        self.records = list(records)
 
     def append(self, record: dict[str, object]) -> None:
         """Add a record durably, or not at all. After a failure the log must be opened again before anything is
         believed."""
         if self._broken:
             raise OSError(errno.EIO, f"{self.path} could not be written before")
-        body = msgspec.json.encode(record)
         end = os.fstat(self._fd).st_size
         try:
-            _write_all(self._fd, b"%08x %s\n" % (zlib.crc32(body), body))
+            _write_all(self._fd, _encode(record))
             disk.crash_point("log-before-fsync")
             disk.fsync(self._fd)
         except OSError:
@@ -186,6 +221,11 @@ class Log:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def _encode(record: dict[str, object]) -> bytes:
+    body = msgspec.json.encode(record)
+    return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
 def _decode(line: bytes) -> dict[str, object] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import errno
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 
 class Code(enum.StrEnum):
@@ -18,6 +18,7 @@ class Code(enum.StrEnum):
     USAGE = "usage"
     INVALID_ARGUMENT = "invalid-argument"
     NOT_FOUND = "not-found"
+    EXISTS = "exists"
     UNREADABLE = "unreadable"
     PERMISSION = "permission"
     TLS = "tls"
@@ -34,6 +35,7 @@ class Code(enum.StrEnum):
     SOURCE_CHANGED = "source-changed"
     DATA_MISMATCH = "data-mismatch"
     CORRUPT_STATE = "corrupt-state"
+    HOOK = "hook"
     UNAVAILABLE = "unavailable"
     PROTOCOL = "protocol"
     INTERNAL = "internal"
@@ -105,7 +107,10 @@ class BlockferryError(Exception):
         }
 
 
-def first_of(group: BaseExceptionGroup[BlockferryError]) -> BlockferryError:
+E = TypeVar("E", bound=BaseException)
+
+
+def first_of(group: BaseExceptionGroup[E]) -> E:
     """The first failure of tasks that ran side by side."""
     error = group.exceptions[0]
     return first_of(error) if isinstance(error, BaseExceptionGroup) else error

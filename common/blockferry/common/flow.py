@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class ByteBudget:
@@ -139,5 +139,23 @@ class RateLimiter:
     async def acquire(self, amount: int) -> None:
         """Wait until `amount` bytes may be sent."""
         delay = self.delay(amount)
+        if delay > 0:
+            await asyncio.sleep(delay)
+
+
+class AllOf:
+    """Several limits that hold together: what is sent counts for each of them. Some may be shared with others."""
+
+    def __init__(self, limiters: Sequence[RateLimiter]) -> None:
+        self._limiters = tuple(limiters)
+
+    @property
+    def rate(self) -> int:
+        """The lowest of their rates, in bytes per second; 0 for no limit."""
+        return min((one.rate for one in self._limiters if one.rate), default=0)
+
+    async def acquire(self, amount: int) -> None:
+        """Wait until `amount` bytes may be sent by all of them."""
+        delay = max((one.delay(amount) for one in self._limiters), default=0.0)
         if delay > 0:
             await asyncio.sleep(delay)

@@ -13,12 +13,14 @@ import errno
 import fcntl
 import os
 import signal
+import stat
 import struct
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from blockferry.common import disk
+from blockferry.common.extents import DELALLOC, INLINE, SHARED, UNKNOWN, UNWRITTEN, Extent
 
 _FALLOC_FL_KEEP_SIZE = 0x01
 _FALLOC_FL_PUNCH_HOLE = 0x02
@@ -96,6 +98,20 @@ def birth_ns(fd: int) -> int:
     return int(seconds) * 10**9 + int(nanoseconds) if mask & _STATX_BTIME else 0
 
 
+_STATFS_SIZE = 256
+"""Bytes: more than any struct statfs has; f_type is the first word of it (statfs(2))."""
+_IN_MEMORY = frozenset({0x01021994, 0x858458F6})
+"""TMPFS_MAGIC, RAMFS_MAGIC (linux/magic.h)."""
+
+
+def lies_in_memory(fd: int) -> bool:
+    """Whether a file is on a file system that has no device behind it, so that reading it waits for nothing."""
+    buffer = ctypes.create_string_buffer(_STATFS_SIZE)
+    if not hasattr(_libc, "fstatfs") or _libc.fstatfs(fd, buffer) != 0 or stat.S_ISBLK(os.fstat(fd).st_mode):
+        return False
+    return int.from_bytes(buffer.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder) in _IN_MEMORY
+
+
 def reflink(source_fd: int, target_fd: int) -> None:
     """Make the target share all extents of the source (FICLONE); raise OSError where the file system cannot."""
     fcntl.ioctl(target_fd, _FICLONE, source_fd)
@@ -106,21 +122,19 @@ _FIEMAP_HEADER = struct.Struct("=QQIIII")
 _FIEMAP_EXTENT = struct.Struct("=QQQQQIIII")
 _FIEMAP_FLAG_SYNC = 0x0001
 _FIEMAP_LAST = 0x0001
-_FIEMAP_UNWRITTEN = 0x0800
-UNPLACED = 0x0002 | 0x0004 | 0x0200
+UNPLACED = UNKNOWN | DELALLOC | INLINE
 """Flags of extents without a place of their own on the disk yet, or at all: unknown, delayed allocation, inline."""
-_FIEMAP_SHARED = 0x2000
 _FIEMAP_BATCH = 512
+_FIEMAP_END = (1 << 64) - 1
 
 
-def extents(fd: int, *, sync: bool = False) -> Iterator[tuple[int, int, int, int]]:
-    """(logical, physical, length, flags) of every extent of a file, by FIEMAP; raise OSError where it is unknown. With
-    `sync` everything written so far is placed first."""
+def extents(fd: int, start: int = 0, end: int = _FIEMAP_END, *, sync: bool = False) -> Iterator[Extent]:
+    """Every extent of a file that reaches into [start, end), by FIEMAP; raise OSError where it is unknown. With `sync`
+    everything written there so far is placed first."""
     buffer = bytearray(_FIEMAP_HEADER.size + _FIEMAP_BATCH * _FIEMAP_EXTENT.size)
-    start = 0
-    while True:
+    while start < end:
         flags = _FIEMAP_FLAG_SYNC if sync else 0
-        _FIEMAP_HEADER.pack_into(buffer, 0, start, (1 << 64) - 1 - start, flags, 0, _FIEMAP_BATCH, 0)
+        _FIEMAP_HEADER.pack_into(buffer, 0, start, end - start, flags, 0, _FIEMAP_BATCH, 0)
         fcntl.ioctl(fd, _FS_IOC_FIEMAP, buffer)
         mapped = _FIEMAP_HEADER.unpack_from(buffer)[3]
         for index in range(mapped):
@@ -136,13 +150,13 @@ def extents(fd: int, *, sync: bool = False) -> Iterator[tuple[int, int, int, int
 def unwritten_extents(fd: int) -> Iterator[tuple[int, int]]:
     """(offset, length) of what was reserved and never written; raise OSError where it is unknown."""
     # An extent counts as never written until what was written to it has reached the disk.
-    return ((start, length) for start, _, length, flags in extents(fd, sync=True) if flags & _FIEMAP_UNWRITTEN)
+    return ((start, length) for start, _, length, flags in extents(fd, sync=True) if flags & UNWRITTEN)
 
 
 def unshared_bytes(fd: int) -> int:
     """Bytes of disk that would be freed if this file alone were deleted: those no clone shares."""
     try:
-        return sum(length for _, _, length, flags in extents(fd) if not flags & _FIEMAP_SHARED)
+        return sum(length for _, _, length, flags in extents(fd) if not flags & SHARED)
     except OSError as error:
         if error.errno in NOT_SUPPORTED:
             return os.fstat(fd).st_blocks * 512

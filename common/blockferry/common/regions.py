@@ -89,10 +89,10 @@ class Geometry:
         return total - (self.count * self.region_size - self.size) if last in regions else total
 
 
-def runs_of(regions: BitMap, count: int) -> Iterator[Run]:
-    """The maximal runs of consecutive members below `count`, ascending. Costs per run, not per member."""
-    gaps = regions.flip(0, count)
-    position = 0
+def runs_of(regions: BitMap, count: int, start: int = 0) -> Iterator[Run]:
+    """The maximal runs of consecutive members from `start` below `count`, ascending. Costs per run, not per member."""
+    gaps = regions.flip(start, count)
+    position = start
     while position < count:
         try:
             first = regions.next_set_bit(position)

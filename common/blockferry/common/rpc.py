@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar, cast
 
 import grpc
 import grpc.aio
 from blockferry.common.address import Address
-from blockferry.common.config import Tls
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import MAX_REGION_SIZE
+from blockferry.common.settings import Tls
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
@@ -75,6 +76,7 @@ _STATUS = {
     Code.USAGE: grpc.StatusCode.INVALID_ARGUMENT,
     Code.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
     Code.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    Code.EXISTS: grpc.StatusCode.ALREADY_EXISTS,
     Code.UNREADABLE: grpc.StatusCode.PERMISSION_DENIED,
     Code.PERMISSION: grpc.StatusCode.PERMISSION_DENIED,
     Code.TLS: grpc.StatusCode.UNAUTHENTICATED,
@@ -91,6 +93,7 @@ _STATUS = {
     Code.SOURCE_CHANGED: grpc.StatusCode.ABORTED,
     Code.DATA_MISMATCH: grpc.StatusCode.DATA_LOSS,
     Code.CORRUPT_STATE: grpc.StatusCode.DATA_LOSS,
+    Code.HOOK: grpc.StatusCode.ABORTED,
     Code.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     Code.PROTOCOL: grpc.StatusCode.INVALID_ARGUMENT,
     Code.INTERNAL: grpc.StatusCode.INTERNAL,
@@ -225,17 +228,34 @@ class Gatekeeper(Protocol):
         What is returned says whether the call may still go on. Both raise PERMISSION or TLS, and have logged why."""
 
 
+@dataclass
+class Outcome:
+    """How a call ended: `ok`, a code of ours, or `cancelled` where its client went away."""
+
+    code: str = "cancelled"
+
+
+Watch = Callable[[str], contextlib.AbstractContextManager[Outcome]]
+"""Wraps every call; gets its name, `Service/Method`, and knows at the end how it came out."""
+
+
+def unwatched(_: str) -> contextlib.AbstractContextManager[Outcome]:
+    """Nobody wants to know."""
+    return contextlib.nullcontext(Outcome())
+
+
 def _guarded(
     method: MethodDescriptor,
     implementation: Callable[..., Any],
     gatekeeper: Gatekeeper,
     decode: Callable[[bytes], Any],
+    watch: Watch,
 ) -> Callable[..., Any]:
     """Wrap a servicer method so that nothing runs that is not admitted, every failure leaves with its fields, and a bug
     with a line in the log. Requests are decoded here, because gRPC has no words for one that cannot be."""
     name = f"{method.containing_service.name}/{method.name}"
 
-    async def failed(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+    async def failed(context: grpc.aio.ServicerContext[Any, Any], error: Exception, outcome: Outcome) -> None:
         if isinstance(error, OSError):
             error = from_os_error(error, f"{method.name} failed")
         if isinstance(error, DecodeError):
@@ -248,40 +268,46 @@ def _guarded(
         if error.code not in (Code.PERMISSION, Code.TLS):
             fields = {key: value for key, value in error.fields().items() if value is not None}
             _log().info("refused", method=method.name, **fields)
+        outcome.code = error.code.value
         await abort(context, error)
 
     if method.server_streaming:
 
         async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            try:
-                if method.client_streaming:
-                    first = await anext(request, None)
-                    first = first if first is None else decode(first)
-                    still = gatekeeper.admit(name, first, context)
-                    request = _admitted(first, request, still, decode)
-                else:
-                    request = decode(request)
-                    still = gatekeeper.admit(name, request, context)
-                async with contextlib.aclosing(implementation(request, context)) as responses:
-                    async for response in responses:
-                        still()
-                        yield response
-            except grpc.aio.AbortError:
-                raise
-            except Exception as error:
-                await failed(context, error)
+            with watch(name) as outcome:
+                try:
+                    if method.client_streaming:
+                        first = await anext(request, None)
+                        first = first if first is None else decode(first)
+                        still = gatekeeper.admit(name, first, context)
+                        request = _admitted(first, request, still, decode)
+                    else:
+                        request = decode(request)
+                        still = gatekeeper.admit(name, request, context)
+                    async with contextlib.aclosing(implementation(request, context)) as responses:
+                        async for response in responses:
+                            still()
+                            yield response
+                    outcome.code = "ok"
+                except grpc.aio.AbortError:
+                    raise
+                except Exception as error:
+                    await failed(context, error, outcome)
 
         return stream
 
     async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-        try:
-            request = decode(request)
-            gatekeeper.admit(name, request, context)
-            return await implementation(request, context)
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:
-            await failed(context, error)
+        with watch(name) as outcome:
+            try:
+                request = decode(request)
+                gatekeeper.admit(name, request, context)
+                response = await implementation(request, context)
+                outcome.code = "ok"
+                return response
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:
+                await failed(context, error, outcome)
 
     return unary
 
@@ -305,6 +331,7 @@ def add_service(
     gatekeeper: Gatekeeper,
     *,
     raw: Collection[str] = (),
+    watch: Watch = unwatched,
 ) -> None:
     """Serve every method of `service` by the method of `servicer` with the same name. Missing ones are
     UNIMPLEMENTED. Methods in `raw` get the bytes of their requests and parse them themselves."""
@@ -321,6 +348,7 @@ def add_service(
                 implementation,
                 gatekeeper,
                 bytes if method.name in raw else message_class(method.input_type).FromString,
+                watch,
             ),
             request_deserializer=None,
             response_serializer=message_class(method.output_type).SerializeToString,
@@ -489,7 +517,7 @@ class Connection:
         async with self._explained():
             return await cast(Awaitable[M], multi(request))
 
-    async def stream(self, method: str, request: Message, response: type[M]) -> AsyncIterator[M]:
+    async def stream(self, method: str, request: Message, response: type[M]) -> AsyncGenerator[M, None]:
         """A call that is answered by a stream."""
         multi = self._channel.unary_stream(
             f"/blockferry.v1.{method}",

@@ -8,8 +8,8 @@ import sys
 import structlog
 
 
-def configure_logging() -> None:
-    """Lines for people on a terminal, JSON otherwise (systemd's journal, a log shipper)."""
+def configure_logging(level: int = logging.INFO) -> None:
+    """Lines for people on a terminal, JSON otherwise (systemd's journal, a log shipper); none below `level`."""
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
     )
@@ -20,7 +20,7 @@ def configure_logging() -> None:
             structlog.processors.format_exc_info,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )

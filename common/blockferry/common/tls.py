@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from blockferry.common.certificates import Certificate, Revocations, describe, load_certificates, unusable
-from blockferry.common.config import Tls
 from blockferry.common.errors import BlockferryError, Code, from_os_error
+from blockferry.common.settings import Tls
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
@@ -114,5 +114,20 @@ def client_context(files: Tls) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=str(files.ca))
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # A key with a passphrase was refused above; never ask for one on the terminal.
+    context.load_cert_chain(files.cert, files.key, lambda: b"")
+    return context
+
+
+def server_context(files: Tls) -> ssl.SSLContext:
+    """For a server of Python's `ssl`: shows our certificate, and lets in whoever has one of the authorities', which is
+    not revoked. Blocks. Raises what `Material.load` raises."""
+    Material.load(files)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(files.ca)
+    if files.crl is not None:
+        context.load_verify_locations(files.crl)
+        context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
     context.load_cert_chain(files.cert, files.key, lambda: b"")
     return context

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from blockferry.common.errors import BlockferryError, Code
 
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _MOST_DIGITS = 15
+
+MINUTES_OF_A_DAY = 24 * 60
 
 
 def parse_size(text: str) -> int:
@@ -40,6 +44,39 @@ def parse_seconds(text: str) -> float:
             Code.USAGE, f"{text!r} is not a duration", next="write a number with s, m, h or d, such as 60s or 0.5s"
         )
     return float(number) * _DURATIONS[unit]
+
+
+def parse_window(text: str) -> tuple[int, int]:
+    """Minutes of the day from and to which `HH:MM-HH:MM` lasts, the second excluded. `22:00-06:00` goes on after
+    midnight; `00:00-24:00` is always. Raises USAGE."""
+    begin, dash, end = text.partition("-")
+    found = _minutes(begin), _minutes(end)
+    if not dash or None in found or found[0] == found[1] or found[0] == MINUTES_OF_A_DAY:
+        raise BlockferryError(
+            Code.USAGE, f"{text!r} is not a window of the day", next="write HH:MM-HH:MM, such as 22:00-06:00"
+        )
+    return cast(tuple[int, int], found)
+
+
+def _minutes(text: str) -> int | None:
+    """Of the day, up to 24:00."""
+    hours, colon, minutes = text.partition(":")
+    if not (colon and len(hours) == len(minutes) == 2 and _is_number(hours) and _is_number(minutes)):
+        return None
+    found = int(hours) * 60 + int(minutes)
+    return found if int(minutes) < 60 and found <= MINUTES_OF_A_DAY else None
+
+
+def parse_share(text: str) -> float:
+    """A share of the data: `5%`, `0.5%`. Raises USAGE."""
+    number = text.removesuffix("%")
+    try:
+        share = float(number) / 100
+    except ValueError:
+        share = -1.0
+    if not text.endswith("%") or not 0 < share <= 1:
+        raise BlockferryError(Code.USAGE, f"{text!r} is no share", next="write one from 0.01% to 100%, such as 5%")
+    return share
 
 
 def _is_number(text: str) -> bool:

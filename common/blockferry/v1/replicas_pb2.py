@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from blockferry.v1 import replication_pb2 as blockferry_dot_v1_dot_replication__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62lockferry/v1/replicas.proto\x12\rblockferry.v1\x1a\x1f\x62lockferry/v1/replication.proto\"\xfc\x02\n\x07Replica\x12\x0e\n\x06volume\x18\x01 \x01(\t\x12\x14\n\x0creplica_uuid\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x13\n\x0bregion_size\x18\x04 \x01(\r\x12*\n\x05state\x18\x05 \x01(\x0e\x32\x1b.blockferry.v1.ReplicaState\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x11\n\tcommit_id\x18\x07 \x01(\x0c\x12\x17\n\x0f\x63ommitted_at_us\x18\x08 \x01(\x03\x12\x12\n\nbytes_held\x18\t \x01(\x04\x12\x0c\n\x04path\x18\n \x01(\t\x12\x16\n\x0esession_client\x18\x0c \x01(\t\x12\x0c\n\x04pool\x18\r \x01(\t\x12#\n\x05scrub\x18\x0e \x01(\x0b\x32\x14.blockferry.v1.Scrub\x12\x0e\n\x06notice\x18\x0f \x01(\t\x12\x0c\n\x04kind\x18\x10 \x01(\t\x12+\n\tpromotion\x18\x11 \x01(\x0b\x32\x18.blockferry.v1.PromotionJ\x04\x08\x0b\x10\x0c\"X\n\tPromotion\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x11\n\tcommit_id\x18\x02 \x01(\x0c\x12\x16\n\x0epromoted_at_us\x18\x03 \x01(\x03\x12\x0c\n\x04path\x18\x04 \x01(\t\"t\n\x05Scrub\x12\r\n\x05\x61t_us\x18\x01 \x01(\x03\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12(\n\x06rotten\x18\x04 \x03(\x0b\x32\x18.blockferry.v1.ReadRange\x12\x0f\n\x07problem\x18\x05 \x01(\t\"\xc5\x01\n\x04Pool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05total\x18\x04 \x01(\x04\x12\x0c\n\x04\x66ree\x18\x05 \x01(\x04\x12\x0f\n\x07reserve\x18\x06 \x01(\x04\x12\r\n\x05quota\x18\x07 \x01(\x04\x12\x10\n\x08replicas\x18\x08 \x01(\r\x12\x12\n\nbytes_held\x18\t \x01(\x04\x12\x0f\n\x07problem\x18\n \x01(\t\x12\x0e\n\x06notice\x18\x0b \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x0c \x03(\t\"\x12\n\x10ListPoolsRequest\"7\n\x11ListPoolsResponse\x12\"\n\x05pools\x18\x01 \x03(\x0b\x32\x13.blockferry.v1.Pool\"\x15\n\x13ListReplicasRequest\"@\n\x14ListReplicasResponse\x12(\n\x08replicas\x18\x01 \x03(\x0b\x32\x16.blockferry.v1.Replica\"#\n\x11GetReplicaRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\"=\n\x12GetReplicaResponse\x12\'\n\x07replica\x18\x01 \x01(\x0b\x32\x16.blockferry.v1.Replica\"+\n\tReadRange\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x04\"f\n\x12ReadRegionsRequest\x12&\n\x05point\x18\x01 \x01(\x0b\x32\x17.blockferry.v1.PointRef\x12(\n\x06ranges\x18\x02 \x03(\x0b\x32\x18.blockferry.v1.ReadRange\"B\n\x13ReadRegionsResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05zeros\x18\x03 \x01(\x04\"\x9d\x01\n\rRecoveryPoint\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x11\n\tcommit_id\x18\x02 \x01(\x0c\x12\x17\n\x0f\x63ommitted_at_us\x18\x03 \x01(\x03\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\x12\n\nbytes_held\x18\x05 \x01(\x04\x12\x0c\n\x04path\x18\x06 \x01(\t\x12\x0f\n\x07kept_by\x18\x07 \x03(\t\x12\x0f\n\x07problem\x18\x08 \x01(\t\"+\n\x19ListRecoveryPointsRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\"J\n\x1aListRecoveryPointsResponse\x12,\n\x06points\x18\x01 \x03(\x0b\x32\x1c.blockferry.v1.RecoveryPoint\">\n\x14VerifyReplicaRequest\x12&\n\x05point\x18\x01 \x01(\x0b\x32\x17.blockferry.v1.PointRef\"\x84\x01\n\x15VerifyReplicaResponse\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12(\n\x06rotten\x18\x03 \x03(\x0b\x32\x18.blockferry.v1.ReadRange\x12\x18\n\x10\x62ytes_unrecorded\x18\x04 \x01(\x04\"P\n\x15PromoteReplicaRequest\x12&\n\x05point\x18\x01 \x01(\x0b\x32\x17.blockferry.v1.PointRef\x12\x0f\n\x07\x63onfirm\x18\x02 \x01(\t\"n\n\x16PromoteReplicaResponse\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12+\n\tpromotion\x18\x03 \x01(\x0b\x32\x18.blockferry.v1.Promotion\"M\n\x14\x44\x65moteReplicaRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\x12\x14\n\x0ckeep_changes\x18\x02 \x01(\x08\x12\x0f\n\x07\x63onfirm\x18\x03 \x01(\t\">\n\x15\x44\x65moteReplicaResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x11\n\tcommit_id\x18\x02 \x01(\x0c\"7\n\x14\x44\x65leteReplicaRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\x12\x0f\n\x07\x63onfirm\x18\x02 \x01(\t\"\x17\n\x15\x44\x65leteReplicaResponse\"V\n\x13\x41\x64optReplicaRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\t\x12\x13\n\x0bregion_size\x18\x03 \x01(\r\x12\x0c\n\x04pool\x18\x04 \x01(\t\"9\n\x14\x41\x64optReplicaResponse\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x13\n\x0bregion_size\x18\x02 \x01(\r*\xb7\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13REPLICA_STATE_EMPTY\x10\x01\x12\x19\n\x15REPLICA_STATE_SYNCING\x10\x02\x12\x1c\n\x18REPLICA_STATE_CONSISTENT\x10\x03\x12\x1a\n\x16REPLICA_STATE_UPDATING\x10\x04\x12\x1a\n\x16REPLICA_STATE_PROMOTED\x10\x05\x32\x99\x07\n\x08Replicas\x12W\n\x0cListReplicas\x12\".blockferry.v1.ListReplicasRequest\x1a#.blockferry.v1.ListReplicasResponse\x12Q\n\nGetReplica\x12 .blockferry.v1.GetReplicaRequest\x1a!.blockferry.v1.GetReplicaResponse\x12N\n\tListPools\x12\x1f.blockferry.v1.ListPoolsRequest\x1a .blockferry.v1.ListPoolsResponse\x12V\n\x0bReadRegions\x12!.blockferry.v1.ReadRegionsRequest\x1a\".blockferry.v1.ReadRegionsResponse0\x01\x12i\n\x12ListRecoveryPoints\x12(.blockferry.v1.ListRecoveryPointsRequest\x1a).blockferry.v1.ListRecoveryPointsResponse\x12\\\n\rVerifyReplica\x12#.blockferry.v1.VerifyReplicaRequest\x1a$.blockferry.v1.VerifyReplicaResponse0\x01\x12_\n\x0ePromoteReplica\x12$.blockferry.v1.PromoteReplicaRequest\x1a%.blockferry.v1.PromoteReplicaResponse0\x01\x12Z\n\rDemoteReplica\x12#.blockferry.v1.DemoteReplicaRequest\x1a$.blockferry.v1.DemoteReplicaResponse\x12Z\n\rDeleteReplica\x12#.blockferry.v1.DeleteReplicaRequest\x1a$.blockferry.v1.DeleteReplicaResponse\x12W\n\x0c\x41\x64optReplica\x12\".blockferry.v1.AdoptReplicaRequest\x1a#.blockferry.v1.AdoptReplicaResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x62lockferry/v1/replicas.proto\x12\rblockferry.v1\x1a\x1f\x62lockferry/v1/replication.proto\"\xfc\x02\n\x07Replica\x12\x0e\n\x06volume\x18\x01 \x01(\t\x12\x14\n\x0creplica_uuid\x18\x02 \x01(\x0c\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x13\n\x0bregion_size\x18\x04 \x01(\r\x12*\n\x05state\x18\x05 \x01(\x0e\x32\x1b.blockferry.v1.ReplicaState\x12\x12\n\ngeneration\x18\x06 \x01(\x04\x12\x11\n\tcommit_id\x18\x07 \x01(\x0c\x12\x17\n\x0f\x63ommitted_at_us\x18\x08 \x01(\x03\x12\x12\n\nbytes_held\x18\t \x01(\x04\x12\x0c\n\x04path\x18\n \x01(\t\x12\x16\n\x0esession_client\x18\x0c \x01(\t\x12\x0c\n\x04pool\x18\r \x01(\t\x12#\n\x05scrub\x18\x0e \x01(\x0b\x32\x14.blockferry.v1.Scrub\x12\x0e\n\x06notice\x18\x0f \x01(\t\x12\x0c\n\x04kind\x18\x10 \x01(\t\x12+\n\tpromotion\x18\x11 \x01(\x0b\x32\x18.blockferry.v1.PromotionJ\x04\x08\x0b\x10\x0c\"X\n\tPromotion\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x11\n\tcommit_id\x18\x02 \x01(\x0c\x12\x16\n\x0epromoted_at_us\x18\x03 \x01(\x03\x12\x0c\n\x04path\x18\x04 \x01(\t\"t\n\x05Scrub\x12\r\n\x05\x61t_us\x18\x01 \x01(\x03\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12(\n\x06rotten\x18\x04 \x03(\x0b\x32\x18.blockferry.v1.ReadRange\x12\x0f\n\x07problem\x18\x05 \x01(\t\"\xc5\x01\n\x04Pool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\r\n\x05total\x18\x04 \x01(\x04\x12\x0c\n\x04\x66ree\x18\x05 \x01(\x04\x12\x0f\n\x07reserve\x18\x06 \x01(\x04\x12\r\n\x05quota\x18\x07 \x01(\x04\x12\x10\n\x08replicas\x18\x08 \x01(\r\x12\x12\n\nbytes_held\x18\t \x01(\x04\x12\x0f\n\x07problem\x18\n \x01(\t\x12\x0e\n\x06notice\x18\x0b \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x0c \x03(\t\"\x12\n\x10ListPoolsRequest\"7\n\x11ListPoolsResponse\x12\"\n\x05pools\x18\x01 \x03(\x0b\x32\x13.blockferry.v1.Pool\"\x15\n\x13ListReplicasRequest\"@\n\x14ListReplicasResponse\x12(\n\x08replicas\x18\x01 \x03(\x0b\x32\x16.blockferry.v1.Replica\"#\n\x11GetReplicaRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\"=\n\x12GetReplicaResponse\x12\'\n\x07replica\x18\x01 \x01(\x0b\x32\x16.blockferry.v1.Replica\"+\n\tReadRange\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0e\n\x06length\x18\x02 \x01(\x04\"f\n\x12ReadRegionsRequest\x12&\n\x05point\x18\x01 \x01(\x0b\x32\x17.blockferry.v1.PointRef\x12(\n\x06ranges\x18\x02 \x03(\x0b\x32\x18.blockferry.v1.ReadRange\"B\n\x13ReadRegionsResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\r\n\x05zeros\x18\x03 \x01(\x04\":\n\x10HoldPointRequest\x12&\n\x05point\x18\x01 \x01(\x0b\x32\x17.blockferry.v1.PointRef\":\n\x11HoldPointResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x11\n\tcommit_id\x18\x02 \x01(\x0c\"\x9d\x01\n\rRecoveryPoint\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x11\n\tcommit_id\x18\x02 \x01(\x0c\x12\x17\n\x0f\x63ommitted_at_us\x18\x03 \x01(\x03\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\x12\n\nbytes_held\x18\x05 \x01(\x04\x12\x0c\n\x04path\x18\x06 \x01(\t\x12\x0f\n\x07kept_by\x18\x07 \x03(\t\x12\x0f\n\x07problem\x18\x08 \x01(\t\"+\n\x19ListRecoveryPointsRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\"J\n\x1aListRecoveryPointsResponse\x12,\n\x06points\x18\x01 \x03(\x0b\x32\x1c.blockferry.v1.RecoveryPoint\">\n\x14VerifyReplicaRequest\x12&\n\x05point\x18\x01 \x01(\x0b\x32\x17.blockferry.v1.PointRef\"\x84\x01\n\x15VerifyReplicaResponse\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12(\n\x06rotten\x18\x03 \x03(\x0b\x32\x18.blockferry.v1.ReadRange\x12\x18\n\x10\x62ytes_unrecorded\x18\x04 \x01(\x04\"P\n\x15PromoteReplicaRequest\x12&\n\x05point\x18\x01 \x01(\x0b\x32\x17.blockferry.v1.PointRef\x12\x0f\n\x07\x63onfirm\x18\x02 \x01(\t\"n\n\x16PromoteReplicaResponse\x12\x12\n\nbytes_done\x18\x01 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x02 \x01(\x04\x12+\n\tpromotion\x18\x03 \x01(\x0b\x32\x18.blockferry.v1.Promotion\"M\n\x14\x44\x65moteReplicaRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\x12\x14\n\x0ckeep_changes\x18\x02 \x01(\x08\x12\x0f\n\x07\x63onfirm\x18\x03 \x01(\t\">\n\x15\x44\x65moteReplicaResponse\x12\x12\n\ngeneration\x18\x01 \x01(\x04\x12\x11\n\tcommit_id\x18\x02 \x01(\x0c\"7\n\x14\x44\x65leteReplicaRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\x12\x0f\n\x07\x63onfirm\x18\x02 \x01(\t\"\x17\n\x15\x44\x65leteReplicaResponse\"V\n\x13\x41\x64optReplicaRequest\x12\x0e\n\x06volume\x18\x01 \x01(\t\x12\x0c\n\x04seed\x18\x02 \x01(\t\x12\x13\n\x0bregion_size\x18\x03 \x01(\r\x12\x0c\n\x04pool\x18\x04 \x01(\t\"9\n\x14\x41\x64optReplicaResponse\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x13\n\x0bregion_size\x18\x02 \x01(\r*\xb7\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13REPLICA_STATE_EMPTY\x10\x01\x12\x19\n\x15REPLICA_STATE_SYNCING\x10\x02\x12\x1c\n\x18REPLICA_STATE_CONSISTENT\x10\x03\x12\x1a\n\x16REPLICA_STATE_UPDATING\x10\x04\x12\x1a\n\x16REPLICA_STATE_PROMOTED\x10\x05\x32\xeb\x07\n\x08Replicas\x12W\n\x0cListReplicas\x12\".blockferry.v1.ListReplicasRequest\x1a#.blockferry.v1.ListReplicasResponse\x12Q\n\nGetReplica\x12 .blockferry.v1.GetReplicaRequest\x1a!.blockferry.v1.GetReplicaResponse\x12N\n\tListPools\x12\x1f.blockferry.v1.ListPoolsRequest\x1a .blockferry.v1.ListPoolsResponse\x12V\n\x0bReadRegions\x12!.blockferry.v1.ReadRegionsRequest\x1a\".blockferry.v1.ReadRegionsResponse0\x01\x12P\n\tHoldPoint\x12\x1f.blockferry.v1.HoldPointRequest\x1a .blockferry.v1.HoldPointResponse0\x01\x12i\n\x12ListRecoveryPoints\x12(.blockferry.v1.ListRecoveryPointsRequest\x1a).blockferry.v1.ListRecoveryPointsResponse\x12\\\n\rVerifyReplica\x12#.blockferry.v1.VerifyReplicaRequest\x1a$.blockferry.v1.VerifyReplicaResponse0\x01\x12_\n\x0ePromoteReplica\x12$.blockferry.v1.PromoteReplicaRequest\x1a%.blockferry.v1.PromoteReplicaResponse0\x01\x12Z\n\rDemoteReplica\x12#.blockferry.v1.DemoteReplicaRequest\x1a$.blockferry.v1.DemoteReplicaResponse\x12Z\n\rDeleteReplica\x12#.blockferry.v1.DeleteReplicaRequest\x1a$.blockferry.v1.DeleteReplicaResponse\x12W\n\x0c\x41\x64optReplica\x12\".blockferry.v1.AdoptReplicaRequest\x1a#.blockferry.v1.AdoptReplicaResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'blockferry.v1.replicas_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICASTATE']._serialized_start=2401
-  _globals['_REPLICASTATE']._serialized_end=2584
+  _globals['_REPLICASTATE']._serialized_start=2521
+  _globals['_REPLICASTATE']._serialized_end=2704
   _globals['_REPLICA']._serialized_start=81
   _globals['_REPLICA']._serialized_end=461
   _globals['_PROMOTION']._serialized_start=463
@@ -60,32 +60,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_READREGIONSREQUEST']._serialized_end=1284
   _globals['_READREGIONSRESPONSE']._serialized_start=1286
   _globals['_READREGIONSRESPONSE']._serialized_end=1352
-  _globals['_RECOVERYPOINT']._serialized_start=1355
-  _globals['_RECOVERYPOINT']._serialized_end=1512
-  _globals['_LISTRECOVERYPOINTSREQUEST']._serialized_start=1514
-  _globals['_LISTRECOVERYPOINTSREQUEST']._serialized_end=1557
-  _globals['_LISTRECOVERYPOINTSRESPONSE']._serialized_start=1559
-  _globals['_LISTRECOVERYPOINTSRESPONSE']._serialized_end=1633
-  _globals['_VERIFYREPLICAREQUEST']._serialized_start=1635
-  _globals['_VERIFYREPLICAREQUEST']._serialized_end=1697
-  _globals['_VERIFYREPLICARESPONSE']._serialized_start=1700
-  _globals['_VERIFYREPLICARESPONSE']._serialized_end=1832
-  _globals['_PROMOTEREPLICAREQUEST']._serialized_start=1834
-  _globals['_PROMOTEREPLICAREQUEST']._serialized_end=1914
-  _globals['_PROMOTEREPLICARESPONSE']._serialized_start=1916
-  _globals['_PROMOTEREPLICARESPONSE']._serialized_end=2026
-  _globals['_DEMOTEREPLICAREQUEST']._serialized_start=2028
-  _globals['_DEMOTEREPLICAREQUEST']._serialized_end=2105
-  _globals['_DEMOTEREPLICARESPONSE']._serialized_start=2107
-  _globals['_DEMOTEREPLICARESPONSE']._serialized_end=2169
-  _globals['_DELETEREPLICAREQUEST']._serialized_start=2171
-  _globals['_DELETEREPLICAREQUEST']._serialized_end=2226
-  _globals['_DELETEREPLICARESPONSE']._serialized_start=2228
-  _globals['_DELETEREPLICARESPONSE']._serialized_end=2251
-  _globals['_ADOPTREPLICAREQUEST']._serialized_start=2253
-  _globals['_ADOPTREPLICAREQUEST']._serialized_end=2339
-  _globals['_ADOPTREPLICARESPONSE']._serialized_start=2341
-  _globals['_ADOPTREPLICARESPONSE']._serialized_end=2398
-  _globals['_REPLICAS']._serialized_start=2587
-  _globals['_REPLICAS']._serialized_end=3508
+  _globals['_HOLDPOINTREQUEST']._serialized_start=1354
+  _globals['_HOLDPOINTREQUEST']._serialized_end=1412
+  _globals['_HOLDPOINTRESPONSE']._serialized_start=1414
+  _globals['_HOLDPOINTRESPONSE']._serialized_end=1472
+  _globals['_RECOVERYPOINT']._serialized_start=1475
+  _globals['_RECOVERYPOINT']._serialized_end=1632
+  _globals['_LISTRECOVERYPOINTSREQUEST']._serialized_start=1634
+  _globals['_LISTRECOVERYPOINTSREQUEST']._serialized_end=1677
+  _globals['_LISTRECOVERYPOINTSRESPONSE']._serialized_start=1679
+  _globals['_LISTRECOVERYPOINTSRESPONSE']._serialized_end=1753
+  _globals['_VERIFYREPLICAREQUEST']._serialized_start=1755
+  _globals['_VERIFYREPLICAREQUEST']._serialized_end=1817
+  _globals['_VERIFYREPLICARESPONSE']._serialized_start=1820
+  _globals['_VERIFYREPLICARESPONSE']._serialized_end=1952
+  _globals['_PROMOTEREPLICAREQUEST']._serialized_start=1954
+  _globals['_PROMOTEREPLICAREQUEST']._serialized_end=2034
+  _globals['_PROMOTEREPLICARESPONSE']._serialized_start=2036
+  _globals['_PROMOTEREPLICARESPONSE']._serialized_end=2146
+  _globals['_DEMOTEREPLICAREQUEST']._serialized_start=2148
+  _globals['_DEMOTEREPLICAREQUEST']._serialized_end=2225
+  _globals['_DEMOTEREPLICARESPONSE']._serialized_start=2227
+  _globals['_DEMOTEREPLICARESPONSE']._serialized_end=2289
+  _globals['_DELETEREPLICAREQUEST']._serialized_start=2291
+  _globals['_DELETEREPLICAREQUEST']._serialized_end=2346
+  _globals['_DELETEREPLICARESPONSE']._serialized_start=2348
+  _globals['_DELETEREPLICARESPONSE']._serialized_end=2371
+  _globals['_ADOPTREPLICAREQUEST']._serialized_start=2373
+  _globals['_ADOPTREPLICAREQUEST']._serialized_end=2459
+  _globals['_ADOPTREPLICARESPONSE']._serialized_start=2461
+  _globals['_ADOPTREPLICARESPONSE']._serialized_end=2518
+  _globals['_REPLICAS']._serialized_start=2707
+  _globals['_REPLICAS']._serialized_end=3710
 # @@protoc_insertion_point(module_scope)

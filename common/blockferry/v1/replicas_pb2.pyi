@@ -171,6 +171,20 @@ class ReadRegionsResponse(_message.Message):
     zeros: int
     def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., zeros: _Optional[int] = ...) -> None: ...
 
+class HoldPointRequest(_message.Message):
+    __slots__ = ("point",)
+    POINT_FIELD_NUMBER: _ClassVar[int]
+    point: _replication_pb2.PointRef
+    def __init__(self, point: _Optional[_Union[_replication_pb2.PointRef, _Mapping]] = ...) -> None: ...
+
+class HoldPointResponse(_message.Message):
+    __slots__ = ("generation", "commit_id")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_ID_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    commit_id: bytes
+    def __init__(self, generation: _Optional[int] = ..., commit_id: _Optional[bytes] = ...) -> None: ...
+
 class RecoveryPoint(_message.Message):
     __slots__ = ("number", "commit_id", "committed_at_us", "size", "bytes_held", "path", "kept_by", "problem")
     NUMBER_FIELD_NUMBER: _ClassVar[int]

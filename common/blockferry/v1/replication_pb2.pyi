@@ -67,7 +67,7 @@ class OpenSessionRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., volume: _Optional[str] = ..., size: _Optional[int] = ..., region_size: _Optional[int] = ..., grow: bool = ..., client: _Optional[str] = ..., snapshot_id: _Optional[str] = ..., resume_session_id: _Optional[str] = ..., pool: _Optional[str] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
-    __slots__ = ("protocol_version", "capabilities", "session", "replica_uuid", "digest_key", "region_size", "size", "generation", "commit_id", "lease_ms", "bytes_in_flight", "durable_regions")
+    __slots__ = ("protocol_version", "capabilities", "session", "replica_uuid", "digest_key", "region_size", "size", "generation", "commit_id", "lease_ms", "bytes_in_flight", "durable_regions", "base_known", "altered_regions", "base_doubt")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,9 @@ class OpenSessionResponse(_message.Message):
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     BYTES_IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     DURABLE_REGIONS_FIELD_NUMBER: _ClassVar[int]
+    BASE_KNOWN_FIELD_NUMBER: _ClassVar[int]
+    ALTERED_REGIONS_FIELD_NUMBER: _ClassVar[int]
+    BASE_DOUBT_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     capabilities: _containers.RepeatedScalarFieldContainer[str]
     session: SessionRef
@@ -92,7 +95,10 @@ class OpenSessionResponse(_message.Message):
     lease_ms: int
     bytes_in_flight: int
     durable_regions: _containers.RepeatedCompositeFieldContainer[Run]
-    def __init__(self, protocol_version: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., session: _Optional[_Union[SessionRef, _Mapping]] = ..., replica_uuid: _Optional[bytes] = ..., digest_key: _Optional[bytes] = ..., region_size: _Optional[int] = ..., size: _Optional[int] = ..., generation: _Optional[int] = ..., commit_id: _Optional[bytes] = ..., lease_ms: _Optional[int] = ..., bytes_in_flight: _Optional[int] = ..., durable_regions: _Optional[_Iterable[_Union[Run, _Mapping]]] = ...) -> None: ...
+    base_known: bool
+    altered_regions: _containers.RepeatedCompositeFieldContainer[Run]
+    base_doubt: str
+    def __init__(self, protocol_version: _Optional[int] = ..., capabilities: _Optional[_Iterable[str]] = ..., session: _Optional[_Union[SessionRef, _Mapping]] = ..., replica_uuid: _Optional[bytes] = ..., digest_key: _Optional[bytes] = ..., region_size: _Optional[int] = ..., size: _Optional[int] = ..., generation: _Optional[int] = ..., commit_id: _Optional[bytes] = ..., lease_ms: _Optional[int] = ..., bytes_in_flight: _Optional[int] = ..., durable_regions: _Optional[_Iterable[_Union[Run, _Mapping]]] = ..., base_known: bool = ..., altered_regions: _Optional[_Iterable[_Union[Run, _Mapping]]] = ..., base_doubt: _Optional[str] = ...) -> None: ...
 
 class GetAllocationMapRequest(_message.Message):
     __slots__ = ("session", "point", "region_size")

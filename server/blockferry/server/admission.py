@@ -17,8 +17,8 @@ import grpc
 import grpc.aio
 import structlog
 from blockferry.common import rpc
+from blockferry.common.access import identity_of
 from blockferry.common.errors import BlockferryError
-from blockferry.server.access import identity_of
 from blockferry.server.limits import Limits
 
 log = structlog.get_logger("blockferry.limits")

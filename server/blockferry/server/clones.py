@@ -15,10 +15,13 @@ from pathlib import Path
 
 from blockferry.common import disk, linux
 from blockferry.common.durable import move_durably, rename_durably
+from blockferry.common.regions import Geometry
+from blockferry.common.sharing import regions_not_shared
 from blockferry.common.volumes import ImageVolume, Volume, in_thread
 from blockferry.server.cache import Stamp
 from blockferry.server.content import Content, forget_pages_of, unshared_bytes_of
 from blockferry.server.generations import Generations, Point
+from pyroaring import BitMap
 
 IMAGE = ".img"
 
@@ -102,6 +105,13 @@ class CloneContent(Content):
             os.close(source_fd)
         disk.crash_point("open-cloned")
         disk.rename(temporary, target)
+
+    def altered(self, point: Point, geometry: Geometry, *, continued: bool) -> BitMap:
+        if not continued:
+            # What it grew by reads as zeros.
+            return BitMap()
+        with open(self.image(point), "rb", 0) as committed, open(self.work, "rb", 0) as work:
+            return regions_not_shared(committed.fileno(), work.fileno(), geometry)
 
     async def end(self, work: Volume) -> None:
         await work.close()

@@ -21,9 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from blockferry.common import linux
+from blockferry.common.regions import Geometry
 from blockferry.common.volumes import ImageVolume, Volume, in_thread
 from blockferry.server.cache import Stamp
 from blockferry.server.generations import Generations, Point
+from pyroaring import BitMap
 
 PROMOTED = "promoted.img"
 """What was handed out by a promotion."""
@@ -90,6 +92,11 @@ class Content(abc.ABC):
     async def begin(self, size: int) -> tuple[Volume, bool]:
         """The work as a volume of `size` bytes: what an earlier session left (then True), else what the newest
         generation holds. Nothing here needs a flush: what a power failure damages is compared like anything else."""
+
+    @abc.abstractmethod
+    def altered(self, point: Point, geometry: Geometry, *, continued: bool) -> BitMap:
+        """The regions in which the work that `begin` gave may differ from `point`, the newest generation; `continued`:
+        an earlier session had left it. Blocking; may raise OSError."""
 
     @abc.abstractmethod
     async def end(self, work: Volume) -> None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 from blockferry.common import disk, linux
+from blockferry.common.blocks import runs
 from blockferry.common.digests import Data
 from blockferry.common.durable import write_atomic
 from blockferry.common.errors import BlockferryError, Code
@@ -35,45 +36,6 @@ class _Header(msgspec.Struct, frozen=True):
     size: int
     data_length: int
     zero_length: int
-
-
-def blocks_of(offset: int, length: int) -> range:
-    """The blocks that a byte range touches."""
-    return range(offset // BLOCK_SIZE, -(-(offset + length) // BLOCK_SIZE))
-
-
-_CONTAINER = 1 << 16
-"""Numbers that a bitmap keeps together."""
-
-
-def runs(blocks: BitMap64) -> Iterator[Run]:
-    """The maximal runs of consecutive members, ascending."""
-    position = 0
-    while True:
-        try:
-            first = blocks.next_set_bit(position)
-        except ValueError:
-            return
-        position = _end_of_run(blocks, first)
-        yield first, position - first
-
-
-def _end_of_run(blocks: BitMap64, position: int) -> int:
-    """The first number from `position` on that is no member. Costs the logarithm of its distance within a container,
-    and so much again for each whole one."""
-    while True:
-        # Never across containers: CRoaring's 64-bit contains_range (5.2) passes over one that is missing in between.
-        end = position - position % _CONTAINER + _CONTAINER
-        step = 1
-        while position < end and blocks.contains_range(position, min(position + step, end)):
-            position, step = min(position + step, end), 2 * step
-        if position == end:
-            continue
-        while step > 1:
-            step //= 2
-            if position + step <= end and blocks.contains_range(position, position + step):
-                position += step
-        return position
 
 
 def extents(blocks: BitMap64, size: int) -> list[tuple[int, int]]:

@@ -28,7 +28,7 @@ from pathlib import Path
 from blockferry.common import disk
 from blockferry.common.durable import remove_durably, rename_durably
 from blockferry.common.errors import BlockferryError, Code
-from blockferry.common.regions import BLOCK_SIZE
+from blockferry.common.regions import BLOCK_SIZE, Geometry
 from blockferry.common.volumes import ImageVolume, Volume, in_thread
 from blockferry.server import copying
 from blockferry.server.base import IMAGE_NAME, Base, ImageBase
@@ -39,7 +39,7 @@ from blockferry.server.delta import Delta, below, extents, index_of
 from blockferry.server.gate import Gate
 from blockferry.server.generations import Generations, Point, corrupt
 from blockferry.server.overlay import OverlayVolume
-from pyroaring import BitMap64
+from pyroaring import BitMap, BitMap64
 
 REDO = ".redo"
 UNDO = ".undo"
@@ -282,6 +282,14 @@ class JournalContent(Content):
         self._work.resize(size)
         disk.crash_point("open-work-made")
         return continued
+
+    def altered(self, point: Point, geometry: Geometry, *, continued: bool) -> BitMap:
+        assert self._work is not None
+        found = BitMap()
+        for blocks in (self._work.data, self._work.zero):
+            for offset, length in extents(blocks, geometry.size):
+                found.add_range(offset // geometry.region_size, -(-(offset + length) // geometry.region_size))
+        return found
 
     async def end(self, work: Volume) -> None:
         # What it did since its last checkpoint is known to this process alone: the next session goes on with it.

@@ -10,9 +10,12 @@ import time
 import structlog
 import uvloop
 from blockferry.common import linux, rpc, telemetry
-from blockferry.common.config import USELESS, DeviceConfig, PoolConfig, ServerConfig, plaintext
+from blockferry.common.config import DeviceConfig, PoolConfig, ServerConfig
 from blockferry.common.credentials import Credentials
 from blockferry.common.errors import BlockferryError, Code
+from blockferry.common.metrics import Pages
+from blockferry.common.serving import add_health_and_reflection
+from blockferry.common.settings import USELESS, plaintext
 from blockferry.common.volumes import in_thread
 from blockferry.server import handshakes, space
 from blockferry.server.access import Access
@@ -20,13 +23,12 @@ from blockferry.server.admission import Admission
 from blockferry.server.arguments import configuration
 from blockferry.server.devices import DeviceSpec
 from blockferry.server.limits import Limits
+from blockferry.server.metrics import Metrics
 from blockferry.server.pools import Pools, PoolSpec, with_devices
 from blockferry.server.replicas import ReplicasService
 from blockferry.server.replication import ReplicationService
 from blockferry.server.scrubber import Scrubber
 from blockferry.v1 import replicas_pb2, replication_pb2
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 log = structlog.get_logger("blockferry.server")
 
@@ -54,6 +56,8 @@ async def serve(config: ServerConfig) -> None:
     devices = [_device(name, device, config.insecure) for name, device in config.device.items()]
     pools = await Pools.open(with_devices(specs, devices), config.limits.lease)
     tasks: list[asyncio.Task[None]] = []
+    metrics = Metrics(pools)
+    pages = Pages({"/metrics": metrics.page})
     try:
         limits = Limits(config.limits, time.monotonic)
         server = rpc.make_server(
@@ -65,14 +69,17 @@ async def serve(config: ServerConfig) -> None:
         access = Access(pools, config.grant, credentials)
         services = {
             replication_pb2.DESCRIPTOR.services_by_name["Replication"]: ReplicationService(pools, limits, access),
-            replicas_pb2.DESCRIPTOR.services_by_name["Replicas"]: ReplicasService(pools, access),
+            replicas_pb2.DESCRIPTOR.services_by_name["Replicas"]: ReplicasService(pools, access, stop),
         }
         for descriptor, servicer in services.items():
-            rpc.add_service(server, descriptor, servicer, access, raw=getattr(servicer, "RAW_METHODS", ()))
-        await _add_health_and_reflection(server, [descriptor.full_name for descriptor in services])
+            raw = getattr(servicer, "RAW_METHODS", ())
+            rpc.add_service(server, descriptor, servicer, access, raw=raw, watch=metrics.call)
+        await add_health_and_reflection(server, [descriptor.full_name for descriptor in services])
 
         addresses = [rpc.bind(server, uri, insecure=config.insecure, credentials=credentials) for uri in config.listen]
         await server.start()
+        if config.status_page:
+            log.info("status page", url=f"{await pages.open(config.status_page)}/metrics")
         for address in addresses:
             print(f"listening on {address}", flush=True)
         if config.scrub_every:
@@ -87,6 +94,7 @@ async def serve(config: ServerConfig) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await pages.close()
         await pools.close()
 
 
@@ -99,14 +107,6 @@ def _device(name: str, device: DeviceConfig, insecure: bool) -> DeviceSpec:
     return DeviceSpec(
         name, device.path, device.journal, device.journal_limit, floor=device.keep_at_least, insecure=insecure
     )
-
-
-async def _add_health_and_reflection(server: rpc.Server, names: list[str]) -> None:
-    checker = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(checker, server)
-    for name in ["", *names]:
-        await checker.set(name, health_pb2.HealthCheckResponse.SERVING)
-    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
 
 
 def main() -> int:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 
+from blockferry.common.blocks import blocks_of, clip, runs
 from blockferry.common.digests import Data
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Provenance, Run
 from blockferry.common.volumes import Volume, in_thread
-from blockferry.server.delta import Delta, blocks_of, runs
+from blockferry.server.delta import Delta
 from blockferry.server.gate import Gate
 from pyroaring import BitMap64
 
@@ -94,7 +95,7 @@ class OverlayVolume(Volume):
         wanted = blocks_of(offset, length)
         for delta in reversed(self._layers()):
             blocks -= delta.zero
-            blocks |= _clip(delta.data, wanted)
+            blocks |= clip(delta.data, wanted)
         end = offset + length
         return [
             (max(first * BLOCK_SIZE, offset), min((first + count) * BLOCK_SIZE, end) - max(first * BLOCK_SIZE, offset))
@@ -208,8 +209,8 @@ class OverlayVolume(Volume):
             below = await self._base_blocks(offset, length)
             for delta in self._layers():
                 if delta is not top:
-                    below |= _clip(delta.data, wanted)
-        freed = list(runs(_clip(top.data, wanted)))
+                    below |= clip(delta.data, wanted)
+        freed = list(runs(clip(top.data, wanted)))
         top.data.remove_range(wanted.start, wanted.stop)
         top.zero |= below
         await in_thread(top.free, freed)
@@ -228,13 +229,6 @@ class OverlayVolume(Volume):
 
     async def close(self) -> None:
         """The base and the deltas belong to whoever made this."""
-
-
-def _clip(blocks: BitMap64, wanted: range) -> BitMap64:
-    """Those of `blocks` in `wanted`; costs what is found, not what there is."""
-    window = BitMap64()
-    window.add_range(wanted.start, wanted.stop)
-    return blocks & window
 
 
 def _patch(found: Iterable[tuple[Delta | None, list[Run]]], offset: int, buffer: memoryview) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import structlog
 from blockferry.common.errors import BlockferryError, Code
@@ -79,10 +79,8 @@ class Points:
 
     @contextlib.asynccontextmanager
     async def reading(self, number: int) -> AsyncIterator[Volume]:
-        """A committed generation as a read-only volume; it is kept at least for a while after its last use."""
-        point = self.resolve(number)
-        self._readers[point.number] = self._readers.get(point.number, 0) + 1
-        try:
+        """A committed generation as a read-only volume."""
+        with self.holding(number) as point:
             volume = await self._store.content.open_point(point)
             try:
                 yield volume
@@ -92,6 +90,14 @@ class Points:
                 raise
             finally:
                 await volume.close()
+
+    @contextlib.contextmanager
+    def holding(self, number: int) -> Iterator[Point]:
+        """A committed generation that is in use; it is kept at least for a while after its last use."""
+        point = self.resolve(number)
+        self._readers[point.number] = self._readers.get(point.number, 0) + 1
+        try:
+            yield point
         finally:
             self._pins[point.number] = time.monotonic() + self._pin_seconds
             self._readers[point.number] -= 1

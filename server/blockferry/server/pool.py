@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Required, TypedDict
 
@@ -18,7 +19,7 @@ from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import DEFAULT_REGION_SIZE, check_region_size
 from blockferry.common.retention import Retention
 from blockferry.common.volumes import in_thread
-from blockferry.server import handover
+from blockferry.server import groups, handover
 from blockferry.server.devices import DeviceSpec
 from blockferry.server.external import ExternalBase, external_base
 from blockferry.server.identity import PoolIdentity, Verdict
@@ -68,6 +69,8 @@ class Pool:
         self._making: dict[str, asyncio.Task[Replica]] = {}
         self._lock_fd = -1
         self.clones = False
+        self._doubts: Mapping[str, str] = {}
+        """Replicas that nobody may open now, and why."""
 
     @classmethod
     async def open(
@@ -85,19 +88,10 @@ class Pool:
         whatever a source asks for; `devices` have their journals here, and with `only_devices` nothing else is made
         here. Raises NOT_FOUND, READ_ONLY, UNREADABLE, UNSUPPORTED or IN_USE."""
         pool = cls(name, path, lease, floor, limits, devices=devices, only_devices=only_devices)
-        try:
-            await in_thread(pool._open)
-        except OSError as error:
-            pool._unlock()
-            raise from_os_error(error, f"cannot use {path} as a pool") from error
-        except BlockferryError:
-            pool._unlock()
-            raise
-        for replica in pool.list():
-            replica.settle_soon()
+        await open_pools([pool])
         return pool
 
-    def _open(self) -> None:
+    def _claim(self) -> None:
         if not self.path.is_dir():
             raise BlockferryError(
                 Code.NOT_FOUND,
@@ -117,6 +111,14 @@ class Pool:
             ) from error
         self.clones = _can_clone(self.path)
         self._identity = PoolIdentity(self.path)
+
+    @property
+    def uuid(self) -> str:
+        """Which pool it is; empty while it is new."""
+        return self._identity.record.uuid if self._identity.record is not None else ""
+
+    def _load(self, doubts: Mapping[str, str]) -> None:
+        self._doubts = doubts
         for entry in sorted(self.path.iterdir()):
             if entry.name.startswith((NEW_PREFIX, DELETED_PREFIX)):
                 shutil.rmtree(entry)
@@ -127,6 +129,9 @@ class Pool:
         found = list(self.names)
         self.names += [name for name in self.devices if name not in found]
         for name in found:
+            if name in doubts:
+                log.error("replica left out", volume=name, error=doubts[name])
+                continue
             try:
                 store = Store(self.path / name, **self._options(name, self._base(name)))
             except (OSError, BlockferryError) as error:
@@ -135,6 +140,10 @@ class Pool:
                 continue
             self._replicas[name] = self._replica(name, store)
         self._identity.settle({name: replica.store.generations.last_number for name, replica in self._replicas.items()})
+        for replica in self._replicas.values():
+            newest = replica.store.generations.newest
+            if newest is not None and self.is_behind(replica):
+                replica.store.distrusted[newest.commit_id] = "its pool was restored from a backup"
 
     def _is_ours(self, name: str) -> bool:
         """A directory for journals alone may hold other things, too."""
@@ -227,6 +236,14 @@ class Pool:
 
     async def _made_store(self, name: str, region_size: int, base: ExternalBase | None) -> Store:
         directory, options = self.path / name, self._options(name, base)
+        if name in self._doubts:
+            raise BlockferryError(
+                Code.WRONG_STATE,
+                f"{name} cannot be used",
+                cause=self._doubts[name],
+                next="restart the server with that pool as well; nothing was changed",
+                volume=name,
+            )
         try:
             if directory.exists():
                 # Left out when the server started, or made by an attempt that failed at its very end.
@@ -313,6 +330,38 @@ class Pool:
     def restored_at_us(self) -> int:
         """When it was found that the pool had been restored, in microseconds since 1970; 0 for never."""
         return self._identity.restored_at_us
+
+
+async def open_pools(pools: Sequence[Pool]) -> None:
+    """Lock the directories of pools, finish what was to be committed in several of their replicas together, and open
+    the replicas. All of them, or none; raises as `Pool.open`."""
+    try:
+        for pool in pools:
+            with _as_a_pool(pool):
+                await in_thread(pool._claim)
+        places = [(pool.uuid, pool.path) for pool in pools]
+        try:
+            doubts = await in_thread(groups.settle, places)
+        except OSError as error:
+            raise from_os_error(error, "cannot finish what several volumes were to commit together") from error
+        for pool in pools:
+            with _as_a_pool(pool):
+                await in_thread(pool._load, doubts[pool.path])
+    except BaseException:
+        for pool in pools:
+            await pool.close()
+        raise
+    for pool in pools:
+        for replica in pool.list():
+            replica.settle_soon()
+
+
+@contextlib.contextmanager
+def _as_a_pool(pool: Pool) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise from_os_error(error, f"cannot use {pool.path} as a pool") from error
 
 
 def _can_clone(path: Path) -> bool:

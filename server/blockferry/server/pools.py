@@ -13,7 +13,7 @@ from blockferry.common.address import check_volume_name, is_volume_name
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.retention import DEFAULT, Retention
 from blockferry.server.devices import DeviceSpec, check_distinct_devices
-from blockferry.server.pool import Pool
+from blockferry.server.pool import Pool, open_pools
 from blockferry.server.replica import Replica
 from blockferry.server.space import UNLIMITED, Limits
 
@@ -132,19 +132,20 @@ class Pools:
         """Open every pool, or none; `lease` in seconds. Raises what `Pool.open` and `check_distinct` raise, and IN_USE
         where two pools hold a replica of the same name."""
         check_distinct(specs)
-        opened: list[Pool] = []
+        opened = [
+            Pool(
+                spec.name,
+                spec.path,
+                lease,
+                spec.floor,
+                spec.limits,
+                devices=spec.devices,
+                only_devices=spec.only_devices,
+            )
+            for spec in specs
+        ]
+        await open_pools(opened)
         try:
-            for spec in specs:
-                made = Pool.open(
-                    spec.name,
-                    spec.path,
-                    lease,
-                    spec.floor,
-                    spec.limits,
-                    devices=spec.devices,
-                    only_devices=spec.only_devices,
-                )
-                opened.append(await made)
             return cls(opened)
         except BaseException:
             for pool in opened:

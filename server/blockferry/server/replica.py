@@ -18,12 +18,12 @@ from blockferry.common.retention import Retention
 from blockferry.common.volumes import in_thread
 from blockferry.server import apply
 from blockferry.server.gate import Gate
-from blockferry.server.generations import Point
 from blockferry.server.points import Points
 from blockferry.server.room import ReplicaRoom, Room
 from blockferry.server.session import Event, State, state_at_rest, transition
 from blockferry.server.space import UNLIMITED
 from blockferry.server.store import SessionRecord, Store
+from blockferry.server.tally import Tally
 from blockferry.server.writer import Session
 from blockferry.v1 import replication_pb2 as pb
 from pyroaring import BitMap
@@ -52,6 +52,7 @@ class Replica:
         """It was deleted."""
         self._completing = asyncio.Lock()
         self._unfinished: set[asyncio.Task[object]] = set()
+        self.tally = Tally()
         self.state = self.state_at_rest()
 
     def state_at_rest(self) -> State:
@@ -93,6 +94,7 @@ class Replica:
 
     async def _open_session(self, request: pb.OpenSessionRequest, owner: str, opened: list[Session]) -> Session:
         async with self.gate.closed():
+            await self.settle_owed()
             self.refuse_if_gone()
             self._refuse_if_held(request.resume_session_id, owner)
             self._refuse_other_geometry(request)
@@ -110,6 +112,7 @@ class Replica:
                 ours.volume = self.name
                 raise ours from error
             self.state = state
+            self.tally.sessions += 1
             opened.append(self.session)
             return self.session
 
@@ -129,7 +132,9 @@ class Replica:
         record = SessionRecord(self.store.session.epoch + 1, uuid.uuid4().hex, request.size, request.client[:256])
         await in_thread(self.store.write_session, record)
         crash_point("open-epoch-durable")
+        continued = self.store.content.has_work()
         work, settled, digests = await self.store.begin_work(request.size, snapshot_id)
+        altered, doubt = await self.store.difference(request.size, continued=continued)
         return Session(
             session_id=record.session_id,
             epoch=record.epoch,
@@ -141,10 +146,15 @@ class Replica:
             last_seen=time.monotonic(),
             settled=settled,
             digests=digests,
+            altered=altered,
+            doubt=doubt,
         )
 
     def refuse_if_gone(self) -> None:
-        """Raise NOT_FOUND if it was deleted; the caller has closed the gate."""
+        """Raise NOT_FOUND if it was deleted, and UNAVAILABLE while its log lags behind; the caller has closed the
+        gate."""
+        if self.store.owed is not None:
+            raise self.owed_error()
         if self.gone:
             raise BlockferryError(
                 Code.NOT_FOUND,
@@ -208,7 +218,7 @@ class Replica:
 
     # --- fenced use -----------------------------------------------------------------------------------------------
 
-    def _checked(self, ref: pb.SessionRef) -> Session:
+    def checked(self, ref: pb.SessionRef) -> Session:
         """The open session if `ref` names it. Only what is checked inside the gate holds while writing."""
         held = self.session
         if held is None or held.session_id != ref.session_id or held.epoch != ref.epoch:
@@ -243,7 +253,7 @@ class Replica:
         client inside: whoever wants to take over waits for whoever is in here."""
         async with self.gate.passing():
             try:
-                yield self._checked(ref)
+                yield self.checked(ref)
             except BlockferryError as error:
                 # The client knows the volume by its name, not by a path on this host.
                 error.volume = self.name
@@ -281,22 +291,31 @@ class Replica:
             region_size = session.geometry.region_size
             key = key or self.store.identity.key
             if piece_size != region_size or key != self.store.identity.key:
-                return await session.volume.read_digests(piece_size, runs, key, region_size)
+                return await self._read_digests(session, piece_size, runs, key)
             wanted = [region for first, count in runs for region in range(first, first + count)]
             missing = BitMap(wanted) if fresh else BitMap(wanted) - session.digests.known
             read = await self._learn(session, missing) if missing else 0
+            known = session.geometry.bytes_in(BitMap(wanted) - missing)
             found = [session.digests.get(region) for region in wanted]
             if None in found:
                 # Changed while it was read: what is there now is what the client gets, and nothing is remembered.
-                return await session.volume.read_digests(piece_size, runs, key, region_size)
+                return await self._read_digests(session, piece_size, runs, key)
+            self.tally.digests_known += known
             return b"".join(one for one in found if one is not None), read
+
+    async def _read_digests(
+        self, session: Session, piece_size: int, runs: Sequence[Run], key: bytes
+    ) -> tuple[bytes, int]:
+        found, read = await session.volume.read_digests(piece_size, runs, key, session.geometry.region_size)
+        self.tally.read_for_digests += read
+        return found, read
 
     async def _learn(self, session: Session, regions: BitMap) -> int:
         """Read regions and remember their digests, except of those that change meanwhile; the bytes read."""
         key, region_size = self.store.identity.key, session.geometry.region_size
         runs = list(runs_of(regions, session.geometry.count))
         with session.watching() as changed:
-            found, read = await session.volume.read_digests(region_size, runs, key, region_size)
+            found, read = await self._read_digests(session, region_size, runs, key)
         size = len(found) // len(regions)
         for index, region in enumerate(regions):
             if region not in changed:
@@ -329,6 +348,7 @@ class Replica:
                 for change in changes:
                     session.change(change.request.offset // session.geometry.region_size, 1)
             for change in changes:
+                self.tally.add(change.result)
                 region = change.request.offset // session.geometry.region_size
                 if change.result.digest is not None:
                     session.digests.put(region, change.result.digest)
@@ -356,6 +376,7 @@ class Replica:
                 result = await self._survive(session, apply.unmap_region(session.volume, request))
             finally:
                 session.change(first, count)
+            self.tally.add(result)
             if session.snapshot_id:
                 session.settled.add_range(first, first + count)
             return result
@@ -417,38 +438,23 @@ class Replica:
                 await self.store.discard_work()
             self.state = transition(self.name, self.state, Event.CLOSE)
 
-    async def commit(self, ref: pb.SessionRef, commit_id: bytes, keep: Retention | None) -> Point:
-        """Make the session's content the newest generation (invariant 3). Idempotent by commit id."""
-        return await self.to_the_end(self._commit(ref, commit_id, keep))
+    async def settle_owed(self) -> None:
+        """Have the log say what a commit of several sessions has made, where it did not take that at the time; the
+        caller has closed the gate. Raises UNAVAILABLE where it still does not."""
+        if self.store.owed is not None:
+            await self.believe_the_disk()
+            if self.store.owed is not None:
+                raise self.owed_error()
 
-    async def _commit(self, ref: pb.SessionRef, commit_id: bytes, keep: Retention | None) -> Point:
-        async with self.gate.closed():
-            done = self.store.generations.committed(commit_id)
-            if done is not None:
-                return done
-            session = self._checked(ref)
-            state = transition(self.name, self.state, Event.COMMIT)
-            try:
-                await session.volume.flush()
-                crash_point("commit-flushed")
-                if keep is not None:
-                    await in_thread(self.store.generations.set_keep, keep)
-                    crash_point("commit-rules-kept")
-                point = await self.store.commit(session.volume, commit_id, session.geometry.size, session.digests)
-            except (OSError, BlockferryError) as error:
-                # Nothing about the session can be believed; read back what the disk says.
-                session.failed = as_ours(error, f"cannot commit {self.name}")
-                await self.end_session(discard=False)
-                await self.believe_the_disk()
-                await self.store.discard_work()
-                session.failed.volume = self.name
-                raise session.failed from error
-            await self.end_session()
-            self.state = state
-            await self.points.retire()
-            crash_point("commit-unanswered")
-        self.complete_soon()
-        return point
+    def owed_error(self) -> BlockferryError:
+        """Why nobody may use it before its log says what was committed."""
+        return BlockferryError(
+            Code.UNAVAILABLE,
+            f"{self.name} cannot be used now",
+            cause="it was committed together with others, and its disk did not take the record in its own log yet",
+            next="see to its disk; ask again, or restart the server: the commit stands",
+            volume=self.name,
+        )
 
     async def end_session(self, *, discard: bool = True) -> None:
         """End the open session, if there is one; the caller has closed the gate. What a failed one has done is given up

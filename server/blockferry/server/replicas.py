@@ -29,6 +29,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 PROGRESS_SECONDS = 1.0
 """Between two messages of something that takes long."""
 
+HOLD_SECONDS = 10.0
+"""Between two messages of HoldPoint: with each it is looked whether the caller may still have it."""
+
 READ_SIZE = 1024 * 1024
 """Bytes of data per message of ReadRegions."""
 
@@ -48,9 +51,11 @@ OUT_OF_SERVICE = "it is out of service until its device can be used: {}"
 class ReplicasService:
     """Serves `blockferry.v1.Replicas` over all pools."""
 
-    def __init__(self, pools: Pools, access: Access) -> None:
+    def __init__(self, pools: Pools, access: Access, stopping: asyncio.Event | None = None) -> None:
+        """`stopping` is set when calls that would never end by themselves are to end."""
         self._pools = pools
         self._access = access
+        self._stopping = stopping or asyncio.Event()
 
     async def ListReplicas(self, request: pb.ListReplicasRequest, context: Context) -> pb.ListReplicasResponse:
         listed = self._listed(self._pools.list(), context)
@@ -126,6 +131,21 @@ class ReplicasService:
                         yield pb.ReadRegionsResponse(offset=offset, zeros=len(part))
                     else:
                         yield pb.ReadRegionsResponse(offset=offset, data=bytes(part))
+
+    async def HoldPoint(self, request: pb.HoldPointRequest, _: Context) -> AsyncIterator[pb.HoldPointResponse]:
+        replica = self._pools.get(request.point.volume)
+        with replica.points.holding(request.point.number) as point:
+            while not self._stopping.is_set():
+                yield pb.HoldPointResponse(generation=point.number, commit_id=point.commit_id)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), HOLD_SECONDS)
+        raise BlockferryError(
+            Code.UNAVAILABLE,
+            "the point is no longer held",
+            cause="the server is being stopped",
+            next="hold it again when the server runs",
+            volume=replica.name,
+        )
 
     # --- handing over ---------------------------------------------------------------------------------------------
 

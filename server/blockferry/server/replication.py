@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc.aio
+from blockferry.common.access import identity_of
 from blockferry.common.address import check_volume_name
 from blockferry.common.digests import KEY_SIZE, PIECE_SIZE
 from blockferry.common.errors import BlockferryError, Code
@@ -19,13 +20,15 @@ from blockferry.common.wire import (
     runs_from_wire,
     runs_to_wire,
 )
-from blockferry.server.access import Access, identity_of
+from blockferry.server import commits
+from blockferry.server.access import Access
 from blockferry.server.changes import ChangeReceiver
 from blockferry.server.generations import Point
 from blockferry.server.limits import Limits
 from blockferry.server.pools import Pools
 from blockferry.server.replica import Replica
 from blockferry.v1 import replication_pb2 as pb
+from pyroaring import BitMap
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -72,6 +75,9 @@ class ReplicationService:
             lease_ms=int(replica.lease_seconds * 1000),
             bytes_in_flight=self._limits.bytes_in_flight(client).limit,
             durable_regions=runs_to_wire(runs_of(session.settled, session.geometry.count)),
+            base_known=session.altered is not None,
+            altered_regions=runs_to_wire(runs_of(session.altered or BitMap(), session.geometry.count)),
+            base_doubt=session.doubt,
         )
 
     async def GetAllocationMap(
@@ -149,18 +155,18 @@ class ReplicationService:
                 replica.release(ref)
 
     async def CommitSessions(self, request: pb.CommitSessionsRequest, _: Context) -> pb.CommitSessionsResponse:
-        if len(request.commits) != 1:
-            raise _invalid(
-                f"cannot commit {len(request.commits)} sessions at once", "this server commits one at a time"
-            )
-        response = pb.CommitSessionsResponse()
+        asked = []
         for commit in request.commits:
             if len(commit.commit_id) != COMMIT_ID_SIZE:
                 raise _invalid("the commit id is not usable", f"it has {COMMIT_ID_SIZE} bytes")
             keep = retention_from_wire(commit.keep) if commit.HasField("keep") else None
-            point = await self._pools.get(commit.volume).commit(commit.session, commit.commit_id, keep)
+            replica = self._pools.get(commit.volume)
+            pool = self._pools.home(replica).uuid
+            asked.append(commits.Asked(replica, commit.session, commit.commit_id, keep, pool))
+        response = pb.CommitSessionsResponse()
+        for one, point in zip(asked, await commits.commit(asked), strict=True):
             response.commits.add(
-                volume=commit.volume,
+                volume=one.replica.name,
                 generation=point.number,
                 commit_id=point.commit_id,
                 committed_at_us=point.committed_at_us,

@@ -16,7 +16,7 @@ from blockferry.common.regions import Geometry, group_runs, runs_of
 from blockferry.common.volumes import in_thread
 from blockferry.server.cache import DigestCache
 from blockferry.server.replica import Replica
-from blockferry.server.store import Store
+from blockferry.server.store import SCRUB, Store
 from blockferry.v1 import replicas_pb2 as pb
 from pyroaring import BitMap
 
@@ -25,7 +25,7 @@ log = structlog.get_logger("blockferry.scrub")
 BATCH_SIZE = 8 * 1024 * 1024
 """Bytes read and hashed between two messages."""
 
-NAME = "scrub.json"
+NAME = SCRUB
 
 
 class ScrubRecord(msgspec.Struct, frozen=True):

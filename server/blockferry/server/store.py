@@ -16,6 +16,7 @@ What is blocking says so; the rest may be awaited by one caller at a time.
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 import time
@@ -27,7 +28,7 @@ from blockferry.common import disk
 from blockferry.common.digests import KEY_SIZE
 from blockferry.common.durable import Log, remove_durably, write_atomic, write_unsynced
 from blockferry.common.errors import BlockferryError, Code
-from blockferry.common.regions import check_region_size
+from blockferry.common.regions import Geometry, check_region_size
 from blockferry.common.volumes import Volume, in_thread
 from blockferry.server import cache
 from blockferry.server.cache import DigestCache, Stamp
@@ -45,13 +46,15 @@ FORMAT_OF_FILES = 2
 """What is written where there is no device: older servers understand all of it."""
 
 _IDENTITY = "replica.json"
-_LOG = "commits.log"
+LOG = "commits.log"
 _SESSION = "session.json"
 _PROGRESS = "progress.json"
 _CLEAN = "clean.json"
 VOUCHERS = (_CLEAN, _PROGRESS)
 """Files by which content is believed without reading it."""
 _DIGESTS = ".digests"
+SCRUB = "scrub.json"
+ROTTEN = "it was read again, and is not what was committed"
 NEW_PREFIX = ".new-"
 DELETED_PREFIX = ".deleted-"
 _UUID_SIZE = 16
@@ -87,6 +90,15 @@ class _Version(msgspec.Struct, frozen=True):
     format: int
 
 
+class _Scrub(msgspec.Struct, frozen=True):
+    generation: int
+    rotten: list[tuple[int, int]] = []
+
+
+class _Uuid(msgspec.Struct, frozen=True):
+    uuid: str
+
+
 class SessionRecord(msgspec.Struct, frozen=True):
     """The durable part of a session. `epoch` only ever rises."""
 
@@ -117,7 +129,7 @@ class Store:
         self.directory = directory
         self.identity = self._read_identity()
         self._refuse_other_base(base)
-        self.generations = Generations(directory / _LOG)
+        self.generations = Generations(directory / LOG)
         try:
             self.session = self._read_session()
             if self.identity.format < FORMAT_OF_FILES:
@@ -129,6 +141,10 @@ class Store:
                 disk.fsync_directory(directory.parent)
             self._stamps = self._take_clean_stamps()
             self._committed_here: set[bytes] = set()
+            self.distrusted: dict[bytes, str] = {}
+            """By commit id, why a generation may hold something else than was committed."""
+            self.owed: Point | None = None
+            """A generation that the record of a group (groups.py) says it has, and its own log does not yet."""
             self.content: Content
             if base is None and clones and not JournalContent.is_in(directory):
                 self.content = CloneContent(directory, self.generations)
@@ -154,7 +170,7 @@ class Store:
         new = directory.with_name(f"{NEW_PREFIX}{uuid.uuid4().hex}")
         disk.make_directory(new)
         try:
-            Log(new / _LOG).close()
+            Log(new / LOG).close()
             identity = Identity(
                 FORMAT_OF_FILES if base is None else FORMAT,
                 uuid.uuid4().hex,
@@ -208,7 +224,15 @@ class Store:
 
     async def reload(self) -> None:
         """Believe only what the disk says, after a failure. Raises if that cannot be read."""
-        generations = await in_thread(Generations, self.directory / _LOG)
+        generations = await in_thread(Generations, self.directory / LOG)
+        if self.owed is not None:
+            try:
+                if generations.committed(self.owed.commit_id) is None:
+                    await in_thread(generations.commit, self.owed, demotes=False)
+            except OSError:
+                generations.close()
+                raise
+            self.owed = None
         self.generations.close()
         self.generations = generations
         self._stamps = {}
@@ -302,6 +326,7 @@ class Store:
         """The image was found to hold something else than was committed: let the next sync read it."""
         self._stamps.pop(point.commit_id, None)
         self._committed_here.discard(point.commit_id)
+        self.distrusted[point.commit_id] = ROTTEN
 
     # --- sessions -------------------------------------------------------------------------------------------------
 
@@ -331,6 +356,34 @@ class Store:
         if digests is not None and newest is not None and newest.size != size:
             digests.forget(newest.size // self.identity.region_size)
         return work, progress or BitMap(), digests or DigestCache()
+
+    async def difference(self, size: int, *, continued: bool) -> tuple[BitMap | None, str]:
+        """The regions in which the work of `size` bytes that `begin_work` gave may differ from the newest generation as
+        it was committed; or None, and why nobody can say. `continued`: there was work before."""
+        newest = self.generations.newest
+        doubt = await in_thread(self._doubt, newest) if newest is not None else "nothing is committed yet"
+        if doubt or newest is None:
+            return None, doubt
+        geometry = Geometry(size, self.identity.region_size)
+        try:
+            return await in_thread(self.content.altered, newest, geometry, continued=continued), ""
+        except OSError as error:
+            return None, f"what an interrupted session has left cannot be told apart: {os.strerror(error.errno or 0)}"
+
+    def _doubt(self, newest: Point) -> str:
+        """Why the newest generation may hold something else than was committed; empty if nothing says so."""
+        if newest.commit_id in self.distrusted:
+            return self.distrusted[newest.commit_id]
+        stamp = self._stamps.get(newest.commit_id)
+        if (stamp is not None or self.content.in_place) and stamp != self.content.stamp(newest):
+            if self.content.in_place:
+                return "its device was opened anew, and others may have written to it in between"
+            return "its image was touched since it was committed"
+        with contextlib.suppress(OSError, UnicodeDecodeError, msgspec.MsgspecError):
+            scrub = msgspec.json.decode((self.directory / SCRUB).read_bytes(), type=_Scrub)
+            if scrub.generation == newest.number and scrub.rotten:
+                return ROTTEN
+        return ""
 
     def _read_progress(self, snapshot_id: str, size: int) -> BitMap | None:
         if not snapshot_id:
@@ -368,15 +421,24 @@ class Store:
         self, work: Volume, commit_id: bytes, size: int, digests: DigestCache, *, demotes: bool = False
     ) -> Point:
         """Make the work, which the caller has flushed, the newest generation; `complete` is due afterwards."""
+        point = await self.seal(work, commit_id, size, digests)
+        await self.publish(point, demotes=demotes)
+        return point
+
+    async def seal(self, work: Volume, commit_id: bytes, size: int, digests: DigestCache) -> Point:
+        """All of a commit but its record: the generation that it would make."""
         point = self.generations.next(commit_id, size)
         await in_thread(cache.save, self._digests(point), digests, commit_id, self.identity.region_size)
         disk.crash_point("commit-digests-written")
         await self.content.seal(work, point)
+        return point
+
+    async def publish(self, point: Point, *, demotes: bool = False) -> None:
+        """Write the record of what was sealed, and show it to readers."""
         await self.content.publish(point, lambda: self.generations.commit(point, demotes=demotes))
         disk.crash_point("commit-recorded")
-        self._committed_here.add(commit_id)
+        self._committed_here.add(point.commit_id)
         await self._stamp(point)
-        return point
 
     async def complete(self) -> None:
         """Finish what a commit has put off: afterwards the newest generation is one complete image."""
@@ -422,6 +484,17 @@ class Store:
         await self.content.drop(point, lambda: self.generations.drop(point))
         await in_thread(disk.unlink, self._digests(point))
         self._stamps.pop(point.commit_id, None)
+
+
+def replica_uuid(directory: Path) -> str:
+    """The UUID of the replica in a directory; empty where there is none. Raises CORRUPT_STATE. Blocking."""
+    path = directory / _IDENTITY
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Uuid).uuid
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError, msgspec.MsgspecError) as error:
+        raise corrupt(path, str(error)) from error
 
 
 def bury(directory: Path) -> Path:

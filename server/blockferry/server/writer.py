@@ -31,6 +31,10 @@ class Session:
     settled: BitMap
     """Regions that hold what the source's immutable snapshot holds."""
     digests: DigestCache
+    altered: BitMap | None = None
+    """Regions in which it began with something else than the newest generation holds; None where nobody can say."""
+    doubt: str = ""
+    """Why nobody can say."""
     allocated: BitMap | None = None
     """Regions that may hold data, once a map was asked for; all others are proven zero."""
     failed: BlockferryError | None = None

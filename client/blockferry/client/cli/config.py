@@ -10,6 +10,7 @@ import msgspec
 from blockferry.client.cli.main import Command
 from blockferry.client.cli.render import Console, table
 from blockferry.client.report import SCHEMA
+from blockferry.common.agent_config import AgentConfig, AgentLimits, Policy
 from blockferry.common.config import (
     ClientLimits,
     LimitsConfig,
@@ -60,7 +61,31 @@ def _duration(seconds: float) -> str:
     return f"{seconds:g}s"
 
 
-SUMMARIES: dict[str, Callable[[Any], list[str]]] = {"server": _server}
+def _agent(config: AgentConfig) -> list[str]:
+    """What an agent's file means."""
+    rows = [("listens on", address) for address in config.listen]
+    rows += [("policy " + name, _policy(one)) for name, one in config.policy.items()] or [("policies", "none")]
+    rows += [
+        ("metrics", f"http://{config.status_page}/metrics" if config.status_page else "not served"),
+        ("limits", _shares(config.limits)),
+        ("state", str(config.state_dir)),
+    ]
+    return [f"  {line}" for line in table(rows)]
+
+
+def _policy(policy: Policy) -> str:
+    words = f"{policy.source} -> {policy.destination} every {_duration(policy.rpo)}"
+    words += f", snapshots by {policy.snapshot}" if policy.snapshot != "none" else ", without snapshots"
+    words += f", changes by {policy.tracks}"
+    return words + (f", in group {policy.group}" if policy.group else "")
+
+
+def _shares(limits: AgentLimits) -> str:
+    rate = f"{human_bytes(limits.bandwidth)}/s" if limits.bandwidth else "any bandwidth"
+    return f"{limits.transfers} transfers at once, {human_bytes(limits.bytes_in_flight)} in flight, {rate}"
+
+
+SUMMARIES: dict[str, Callable[[Any], list[str]]] = {"server": _server, "agent": _agent}
 """By the kind of file."""
 
 

@@ -38,7 +38,7 @@ def _whole(connection: Connection) -> str:
     return address.volume
 
 
-def _confirm(arguments: argparse.Namespace, volume: str, consequences: str) -> None:
+def confirm(arguments: argparse.Namespace, volume: str, consequences: str, kind: str = "replica") -> None:
     """Have the name of the volume typed, or `--yes` said, before anything that cannot be undone. Raises USAGE."""
     if arguments.yes:
         return
@@ -51,7 +51,7 @@ def _confirm(arguments: argparse.Namespace, volume: str, consequences: str) -> N
             volume=volume,
         )
     print(f"{volume}: {consequences}.", file=sys.stderr)
-    print("Type the name of the replica to go on: ", end="", file=sys.stderr, flush=True)
+    print(f"Type the name of the {kind} to go on: ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip() != volume:
         raise BlockferryError(
             Code.USAGE,
@@ -69,7 +69,7 @@ async def _promote(arguments: argparse.Namespace, console: Console) -> int:
         address = connection.address
         client = replica.session_client
         in_place = replica.kind == "device"
-        _confirm(
+        confirm(
             arguments,
             address.volume,
             "it will be handed out and takes no more syncs until it is demoted"
@@ -108,7 +108,7 @@ async def _demote(arguments: argparse.Namespace, console: Console) -> int:
     async with connected(arguments) as connection:
         volume = _whole(connection)
         if arguments.discard:
-            _confirm(arguments, volume, "everything written since its promotion will be dropped")
+            confirm(arguments, volume, "everything written since its promotion will be dropped")
         request = pb.DemoteReplicaRequest(volume=volume, keep_changes=arguments.keep_changes, confirm=volume)
         response = await connection.call("Replicas/DemoteReplica", request, pb.DemoteReplicaResponse)
     kept = "what was promoted, with its changes" if arguments.keep_changes else "what was committed before"
@@ -128,7 +128,7 @@ async def _delete(arguments: argparse.Namespace, console: Console) -> int:
         volume = _whole(connection)
         replica = await _shown(connection)
         generations = f", newest generation {replica.generation}" if replica.generation else ""
-        _confirm(
+        confirm(
             arguments,
             volume,
             f"it will be deleted with all its recovery points ({human_bytes(replica.bytes_held)}{generations})"

@@ -43,8 +43,9 @@ def _options(arguments: argparse.Namespace) -> SyncOptions:
 
 
 @contextlib.asynccontextmanager
-async def _opened(uri: str, arguments: argparse.Namespace) -> AsyncIterator[Volume]:
-    volume = await open_volume(uri, insecure=arguments.insecure, tls=arguments.tls)
+async def opened(uri: str, arguments: argparse.Namespace) -> AsyncIterator[Volume]:
+    """What a URI names, for reading."""
+    volume = await open_volume(uri, insecure=arguments.insecure, tls=arguments.tls, access=arguments.access)
     try:
         yield volume
     finally:
@@ -66,7 +67,7 @@ async def connected(arguments: argparse.Namespace) -> AsyncIterator[Connection]:
 
 async def _plan(arguments: argparse.Namespace, console: Console) -> int:
     destination = Address.parse(arguments.destination).require_volume()
-    async with _opened(arguments.source, arguments) as source:
+    async with opened(arguments.source, arguments) as source:
         decided, forecast = await plan(source, destination, _options(arguments))
     report = plan_report(arguments.source, arguments.destination, decided, forecast)
     lines = [f"{arguments.source} -> {arguments.destination}", *_plan_lines(decided)]
@@ -109,7 +110,7 @@ def _forecast_line(forecast: Forecast) -> str:
 async def _sync(arguments: argparse.Namespace, console: Console) -> int:
     destination = Address.parse(arguments.destination).require_volume()
     progress = Progress()
-    async with _opened(arguments.source, arguments) as source, console.showing(progress):
+    async with opened(arguments.source, arguments) as source, console.showing(progress):
         report = await sync(source, destination, _options(arguments), progress)
     console.result(report, _sync_lines(report))
     return 0
@@ -140,7 +141,7 @@ def _sync_lines(report: dict[str, object]) -> list[str]:
 
 async def _verify(arguments: argparse.Namespace, console: Console) -> int:
     progress = Progress()
-    async with _opened(arguments.a, arguments) as left, _opened(arguments.b, arguments) as right:
+    async with opened(arguments.a, arguments) as left, opened(arguments.b, arguments) as right:
         async with console.showing(progress):
             found = await verify(left, right, progress.start("verify"))
             progress.finish()
@@ -160,7 +161,7 @@ async def _verify(arguments: argparse.Namespace, console: Console) -> int:
 
 
 async def _volume_show(arguments: argparse.Namespace, console: Console) -> int:
-    async with _opened(arguments.uri, arguments) as volume:
+    async with opened(arguments.uri, arguments) as volume:
         found = await volume.allocation(DEFAULT_REGION_SIZE)
         writers, holders = await volume.writers(), await volume.holders()
         report: dict[str, object] = {

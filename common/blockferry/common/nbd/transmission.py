@@ -34,12 +34,18 @@ _CHUNK = struct.Struct(">IHHQI")
 _HOLE = struct.Struct(">QI")
 _EXTENT = struct.Struct(">II")
 _ERROR = struct.Struct(">IH")
+_DATA_HEADER = struct.Struct(">IHHQIQ")
 
 REQUEST_SIZE = _REQUEST.size
 SIMPLE_REPLY_SIZE = _SIMPLE_REPLY.size
 CHUNK_HEADER_SIZE = _CHUNK.size
 OFFSET_SIZE = U64.size
 """Bytes of the offset that begins the payload of OFFSET_DATA."""
+DATA_HEADER_SIZE = _DATA_HEADER.size
+"""Bytes before the data of an OFFSET_DATA chunk: its header and that offset."""
+
+MAX_MESSAGE = MAX_STRING // 4
+"""Characters of the text of an error: in UTF-8 they have at most `MAX_STRING` bytes."""
 
 _LENGTHS = {
     ChunkKind.NONE: (0, 0),
@@ -77,6 +83,17 @@ class Request:
         return cls(command, cookie, offset, length, flags)
 
 
+def unpack_request(buffer: Buffer, position: int) -> tuple[int, int, int, int, int]:
+    """(flags, command, cookie, offset, length) of the request at `position`, which has all its `REQUEST_SIZE` bytes: as
+    `Request.decode`, for a server that has no time to make an object of each."""
+    magic, flags, command, cookie, offset, length = _REQUEST.unpack_from(buffer, position)
+    if magic != _REQUEST_MAGIC:
+        raise ProtocolError(f"a request begins with {magic:#x}")
+    if command == Command.WRITE and length > MAX_PAYLOAD:
+        raise ProtocolError(f"a write of {length} bytes; at most {MAX_PAYLOAD} are accepted")
+    return flags, command, cookie, offset, length
+
+
 @dataclass(frozen=True)
 class SimpleReply:
     """The whole answer to a request; where `error` is 0, a READ's data follows."""
@@ -106,6 +123,18 @@ class Chunk:
     def encode(self) -> bytes:
         """`CHUNK_HEADER_SIZE` bytes."""
         return _CHUNK.pack(_CHUNK_MAGIC, CHUNK_DONE if self.done else 0, self.kind, self.cookie, self.length)
+
+
+def pack_simple_reply(buffer: bytearray, position: int, cookie: int) -> None:
+    """Put the `SIMPLE_REPLY_SIZE` bytes before the data of a READ in front of it."""
+    _SIMPLE_REPLY.pack_into(buffer, position, _SIMPLE_REPLY_MAGIC, 0, cookie)
+
+
+def pack_data_header(buffer: bytearray, position: int, cookie: int, offset: int, length: int, done: int) -> None:
+    """Put the `DATA_HEADER_SIZE` bytes before `length` bytes of data in front of them; `done` 1 for the last chunk."""
+    _DATA_HEADER.pack_into(
+        buffer, position, _CHUNK_MAGIC, done, ChunkKind.OFFSET_DATA, cookie, length + OFFSET_SIZE, offset
+    )
 
 
 def reply_header_size(magic: Buffer) -> int:

@@ -8,7 +8,7 @@ them). All others are refused: one that is not understood might be the one that 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from blockferry.common.address import is_loopback
 from blockferry.common.errors import BlockferryError, Code
@@ -88,6 +88,47 @@ class NbdUri:
             parameters.get("tls-hostname", host or "localhost"),
             parameters.get("tls-certificates", ""),
         )
+
+
+@dataclass(frozen=True)
+class NbdListen:
+    """Where a server listens: `unix:PATH`, or `HOST:PORT` with port 0 for any."""
+
+    socket: str
+    """Path of a UNIX socket, or empty."""
+    host: str
+    port: int
+
+    @property
+    def local(self) -> bool:
+        """Reachable from this machine only: plaintext is allowed."""
+        return bool(self.socket) or is_loopback(self.host)
+
+    @classmethod
+    def parse(cls, text: str) -> NbdListen:
+        """Raise INVALID_ARGUMENT for anything else."""
+        kind, _, path = text.partition(":")
+        if kind == "unix" and path and "\0" not in path:
+            return cls(path, "", 0)
+        host, colon, port = text.rpartition(":")
+        number = int(port) if port.isascii() and port.isdigit() and len(port) <= 5 else -1
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+        if kind == "unix" or not colon or not bare or not 0 <= number < 1 << 16 or (":" in bare and bare == host):
+            raise BlockferryError(
+                Code.INVALID_ARGUMENT,
+                f"{text!r} is no place to listen",
+                cause="it is neither unix:PATH nor HOST:PORT",
+                next="write unix:/run/disk.sock or 127.0.0.1:10809",
+            )
+        return cls("", bare, number)
+
+    def uri(self, export: str, *, tls: bool) -> str:
+        """What clients of an export write."""
+        scheme = "nbds" if tls else "nbd"
+        if self.socket:
+            return f"{scheme}+unix:///{quote(export, safe='')}?socket={quote(self.socket)}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{scheme}://{host}:{self.port}/{quote(export, safe='')}"
 
 
 def _parameters(uri: str, query: str) -> dict[str, str]:

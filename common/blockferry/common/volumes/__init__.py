@@ -1,4 +1,4 @@
-"""Volumes: one interface over images, block devices, NBD exports and replicas; archives join it later."""
+"""Volumes: one interface over images, block devices, NBD exports, replicas and archived snapshots."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from blockferry.common.address import is_address
-from blockferry.common.config import Tls
+from blockferry.common.archive.store import Access, is_store_uri
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.nbd.uri import is_nbd_uri
+from blockferry.common.settings import Tls
 from blockferry.common.volumes.device import DeviceVolume
 from blockferry.common.volumes.image import ImageVolume
 from blockferry.common.volumes.nbd import NbdVolume
@@ -29,13 +30,21 @@ __all__ = [
 ]
 
 
-async def open_volume(uri: str, *, insecure: bool = False, tls: Tls | None = None) -> Volume:
-    """Open what `uri` names for reading: an image or block device (a path, `file:///PATH`), an NBD export's URI, or a
-    replica's address. `tls` is for addresses and URIs that ask for TLS; what an NBD URI says itself goes before it."""
+async def open_volume(
+    uri: str, *, insecure: bool = False, tls: Tls | None = None, access: Access | None = None
+) -> Volume:
+    """Open what `uri` names for reading: an image or block device (a path, `file:///PATH`), an NBD export's URI, a
+    replica's address, or an archived snapshot (`STORE#NAME[@NUMBER]`). `tls` is for addresses and URIs that ask for
+    TLS; what an NBD URI says itself goes before it. `access` is for archives."""
     if is_address(uri):
         return await ReplicaVolume.open(uri, insecure=insecure, tls=tls)
     if is_nbd_uri(uri):
         return await NbdVolume.open(uri, insecure=insecure, files=tls)
+    if is_store_uri(uri) and ("#" in uri or not uri.startswith("file:")):
+        # It brings cryptography and zstandard along.
+        from blockferry.common.archive.reader import SnapshotVolume
+
+        return await SnapshotVolume.open(uri, access)
     if uri.startswith("file://"):
         parts = urlsplit(uri)
         if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
@@ -47,7 +56,7 @@ async def open_volume(uri: str, *, insecure: bool = False, tls: Tls | None = Non
         raise BlockferryError(
             Code.INVALID_ARGUMENT,
             "a volume needs a name",
-            next="name a raw image, a block device, an NBD export or a replica",
+            next="name a raw image, a block device, an NBD export, a replica or an archived snapshot",
         )
     return await _open_path(Path(uri))
 

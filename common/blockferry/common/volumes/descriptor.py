@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from blockferry.common import disk
+from blockferry.common import disk, linux
 from blockferry.common.digests import Data, digest_size, fill_and_digest
 from blockferry.common.errors import BlockferryError, Code, from_os_error
 from blockferry.common.regions import BLOCK_SIZE, Run, group_runs
@@ -18,7 +18,10 @@ CACHED_SIZE = 1024 * 1024
 
 
 class DescriptorVolume(Volume):
-    """Reads and writes by pread and pwrite. What is public here and no coroutine blocks: call it on an I/O thread."""
+    """Reads and writes by pread and pwrite. What is public here and no coroutine blocks, but for `read_now`: call it on
+    an I/O thread."""
+
+    batches = True
 
     def __init__(self, path: Path, fd: int, size: int, writable: bool) -> None:
         self.path = path
@@ -27,6 +30,8 @@ class DescriptorVolume(Volume):
         self.block_size = BLOCK_SIZE
         self._fd = fd
         self._writable = writable
+        # A file in memory is always in memory; of all others the kernel is asked not to wait (preadv2(2)).
+        self._now: int | None = 0 if linux.lies_in_memory(fd) else os.RWF_NOWAIT
 
     @abc.abstractmethod
     def size_now(self) -> int:
@@ -45,8 +50,23 @@ class DescriptorVolume(Volume):
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         await in_thread(self._read_into, offset, buffer)
 
+    def read_now(self, offset: int, buffer: memoryview) -> bool:
+        if self._now is None:
+            return False
+        try:
+            return os.preadv(self._fd, [buffer], offset, self._now) == len(buffer)
+        except OSError as error:
+            if error.errno in linux.NOT_SUPPORTED:
+                self._now = None
+            # Whatever it is, whoever reads with patience is told.
+            return False
+
     async def read_many(self, extents: Sequence[tuple[int, memoryview]]) -> None:
         await in_thread(self._read_many, extents)
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        # Only begins to read; but finding out where from may wait.
+        await in_thread(os.posix_fadvise, self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def _read_many(self, extents: Sequence[tuple[int, memoryview]]) -> None:
         for offset, buffer in extents:
@@ -84,65 +104,82 @@ class DescriptorVolume(Volume):
         return await in_thread(lambda: [self._read_data_into(offset, buffer) for offset, buffer in parts])
 
     def _read_data_into(self, offset: int, buffer: memoryview) -> list[tuple[int, int]]:
+        found = self._held_blocks(offset, len(buffer))
+        for start, length in found:
+            self._read_into(offset + start, buffer[start : start + length])
+        return found
+
+    def _held_blocks(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """As `_held_extents`, in whole blocks and counted from `offset`."""
         found: list[tuple[int, int]] = []
-        for data, length in self._held_extents(offset, len(buffer)):
+        for data, size in self._held_extents(offset, length):
             start = (data - offset) // BLOCK_SIZE * BLOCK_SIZE
-            stop = min(-(-(data + length - offset) // BLOCK_SIZE) * BLOCK_SIZE, len(buffer))
+            stop = min(-(-(data + size - offset) // BLOCK_SIZE) * BLOCK_SIZE, length)
             if found and sum(found[-1]) >= start:
                 start = found.pop()[0]
             found.append((start, stop - start))
-        for start, length in found:
-            self._read_into(offset + start, buffer[start : start + length])
         return found
 
     async def read_and_digest(
         self, parts: Sequence[tuple[int, memoryview]], piece_size: int, key: bytes, size: int
     ) -> tuple[list[list[tuple[int, int]]], bytes]:
-        return await in_thread(self._read_and_digest, parts, piece_size, key, size)
+        def work() -> tuple[list[list[tuple[int, int]]], bytes]:
+            held, found = [], []
+            for offset, buffer in parts:
+                room = _parts_of(buffer)
+                extents, digests = self._digest_range(offset, len(buffer), room, piece_size, key, size)
+                held.append(extents)
+                found.append(digests)
+            return held, b"".join(found)
 
-    def _read_and_digest(
-        self, parts: Sequence[tuple[int, memoryview]], piece_size: int, key: bytes, size: int
-    ) -> tuple[list[list[tuple[int, int]]], bytes]:
-        """In one hand-off, and little by little: what is hashed is still in the processor's cache."""
-        step = max(CACHED_SIZE, piece_size)
-        everything: list[list[tuple[int, int]]] = []
-        found: list[bytes] = []
-        for offset, buffer in parts:
-            held: list[tuple[int, int]] = []
-            for start in range(0, len(buffer), step):
-                data = buffer[start : start + step]
-                extents = self._read_data_into(offset + start, data)
-                found.append(fill_and_digest(data, extents, piece_size, key, size))
-                held += [(start + begin, length) for begin, length in extents]
-            everything.append(held)
-        return everything, b"".join(found)
+        return await in_thread(work)
 
     async def read_digests(
         self, piece_size: int, pieces: Sequence[Run], key: bytes, region_size: int
     ) -> tuple[bytes, int]:
         size = digest_size(piece_size, region_size)
         buffer = memoryview(bytearray(max(CACHED_SIZE, piece_size)))
-        found, read = [], 0
-        for group in group_runs(pieces, max(READ_SIZE // piece_size, 1)):
-            extents = [(first * piece_size, count * piece_size) for first, count in group]
-            digests, held = await in_thread(self._digest_all, extents, buffer, piece_size, key, size)
-            found.append(digests)
-            read += held
-        return b"".join(found), read
 
-    def _digest_all(
-        self, extents: Sequence[tuple[int, int]], buffer: memoryview, piece_size: int, key: bytes, size: int
-    ) -> tuple[bytes, int]:
-        """Of what nobody wants to keep: the same memory is read into again and again."""
-        found, read = [], 0
-        for offset, length in extents:
-            end = min(offset + length, self.size)
-            for start in range(offset, end, len(buffer)):
-                data = buffer[: end - start]
-                held, digests = self._read_and_digest([(start, data)], piece_size, key, size)
+        def work(runs: Sequence[Run]) -> tuple[bytes, int]:
+            """Nobody keeps the data: the same memory is read into again and again."""
+            found, read = [], 0
+            for first, count in runs:
+                offset = first * piece_size
+                length = min(count * piece_size, self.size - offset)
+                held, digests = self._digest_range(
+                    offset, length, lambda _, count: buffer[:count], piece_size, key, size
+                )
                 found.append(digests)
-                read += sum(length for _, length in held[0])
-        return b"".join(found), read
+                read += sum(length for _, length in held)
+            return b"".join(found), read
+
+        groups = group_runs(pieces, max(READ_SIZE // piece_size, 1))
+        done = [await in_thread(work, group) for group in groups]
+        return b"".join(digests for digests, _ in done), sum(read for _, read in done)
+
+    def _digest_range(
+        self, offset: int, length: int, room: Callable[[int, int], memoryview], piece_size: int, key: bytes, size: int
+    ) -> tuple[list[tuple[int, int]], bytes]:
+        """What holds data in a range, counted from its start, and its digests. It is read and hashed little by little:
+        what is hashed is still in the cache of the core. `room` says where (start, length) of the range goes."""
+        # Once for all of it: on tmpfs each question walks every page up to the next hole.
+        held = self._held_blocks(offset, length)
+        step = max(CACHED_SIZE, piece_size)
+        found: list[bytes] = []
+        index = 0
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            data = room(start, stop - start)
+            extents: list[tuple[int, int]] = []
+            while index < len(held) and held[index][0] < stop:
+                low, high = max(held[index][0], start), min(sum(held[index]), stop)
+                self._read_into(offset + low, data[low - start : high - start])
+                extents.append((low - start, high - low))
+                if sum(held[index]) > stop:
+                    break
+                index += 1
+            found.append(fill_and_digest(data, extents, piece_size, key, size))
+        return held, b"".join(found)
 
     def refuse_read_only(self) -> None:
         """Raise READ_ONLY unless the volume was opened for writing."""
@@ -183,3 +220,7 @@ class DescriptorVolume(Volume):
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+def _parts_of(buffer: memoryview) -> Callable[[int, int], memoryview]:
+    return lambda start, length: buffer[start : start + length]

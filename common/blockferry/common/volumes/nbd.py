@@ -13,7 +13,6 @@ from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from blockferry.common.config import Tls
 from blockferry.common.digests import Data, zeros
 from blockferry.common.errors import BlockferryError, Code, first_of, from_os_error
 from blockferry.common.linux import Zeroing
@@ -21,6 +20,7 @@ from blockferry.common.nbd.client import NbdClient
 from blockferry.common.nbd.protocol import MAX_STATUS, TransmissionFlag
 from blockferry.common.nbd.uri import NbdUri
 from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Provenance
+from blockferry.common.settings import Tls
 from blockferry.common.volumes.volume import MANY_EXTENTS, Volume, in_thread
 from pyroaring import BitMap
 

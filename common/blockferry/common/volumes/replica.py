@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import NoReturn
 
 from blockferry.common.address import Address
-from blockferry.common.config import Tls
 from blockferry.common.digests import Data, digest_size
 from blockferry.common.errors import BlockferryError, Code
-from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Run
+from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Run, runs_of
 from blockferry.common.rpc import Connection
+from blockferry.common.settings import Tls
 from blockferry.common.volumes.volume import Volume
 from blockferry.common.wire import map_from_messages, runs_to_wire
 from blockferry.v1 import replicas_pb2 as replicas
 from blockferry.v1 import replication_pb2 as pb
+from pyroaring import BitMap
+
+AGAIN_SECONDS = 0.5
+"""Between two attempts to reach a server that is away: it takes about that long to start."""
 
 
 class ReplicaVolume(Volume):
@@ -27,6 +33,9 @@ class ReplicaVolume(Volume):
         self._connection = connection
         self._point = point
         self._map = found
+        self.commit_id = commit_id
+        self.patience = 0.0
+        """Seconds for which a read is repeated while the server is away."""
 
     @classmethod
     async def open(cls, uri: str, *, insecure: bool = False, tls: Tls | None = None) -> ReplicaVolume:
@@ -55,6 +64,11 @@ class ReplicaVolume(Volume):
         return "read-only"
 
     @property
+    def generation(self) -> int:
+        """Its number."""
+        return self._point.number
+
+    @property
     def region_size(self) -> int:
         """The replica's own region size in bytes."""
         return self._map.geometry.region_size
@@ -65,18 +79,85 @@ class ReplicaVolume(Volume):
         found, _ = await fetch_map(self._connection, self._point, region_size)
         return found
 
+    async def data_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        # The generation never changes, and neither does its map.
+        size, end = self.region_size, offset + length
+        window = BitMap()
+        window.add_range(offset // size, -(-end // size))
+        found = []
+        for first, count in runs_of(self._map.regions & window, self.geometry.count):
+            start = max(first * size, offset)
+            found.append((start, min((first + count) * size, end) - start))
+        return found
+
     async def read_into(self, offset: int, buffer: memoryview) -> None:
+        await self.read_many([(offset, buffer)])
+
+    async def read_many(self, extents: Sequence[tuple[int, memoryview]]) -> None:
+        """In one call; what is proven to be zeros is not asked for."""
+        wanted: list[tuple[int, memoryview]] = []
+        for offset, buffer in extents:
+            if await self.data_extents(offset, len(buffer)):
+                wanted.append((offset, buffer))
+            else:
+                buffer[:] = bytes(len(buffer))
+        if wanted:
+            await self._with_patience(wanted)
+
+    async def _with_patience(self, extents: Sequence[tuple[int, memoryview]]) -> None:
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self.patience
+        while True:
+            try:
+                return await self._read(extents)
+            except BlockferryError as error:
+                if error.code is not Code.UNAVAILABLE or clock() + AGAIN_SECONDS > deadline:
+                    raise
+            await asyncio.sleep(AGAIN_SECONDS)
+
+    async def _read(self, extents: Sequence[tuple[int, memoryview]]) -> None:
         request = replicas.ReadRegionsRequest(point=self._point)
-        request.ranges.add(offset=offset, length=len(buffer))
+        for offset, buffer in extents:
+            request.ranges.add(offset=offset, length=len(buffer))
+        asked = iter(extents)
+        offset, buffer = next(asked)
         done = 0
         async for part in self._connection.stream("Replicas/ReadRegions", request, replicas.ReadRegionsResponse):
+            if done == len(buffer):
+                offset, buffer = next(asked, (0, memoryview(b"")))
+                done = 0
             length = part.zeros or len(part.data)
             if part.offset != offset + done or done + length > len(buffer):
                 raise _broken(self.uri, offset + done)
             buffer[done : done + length] = bytes(length) if part.zeros else part.data
             done += length
-        if done != len(buffer):
+        if done != len(buffer) or next(asked, None) is not None:
             raise _broken(self.uri, offset + done)
+
+    async def keep(self, told: Callable[[BlockferryError | None], None]) -> NoReturn:
+        """Keep the generation from being dropped, until cancelled. A server that goes away is asked again, until it is
+        back. `told` is called whenever the server confirms (None) or is away (why). Raises NOT_FOUND where the
+        generation was dropped meanwhile, and SOURCE_CHANGED where its number means another one."""
+        request = replicas.HoldPointRequest(point=self._point)
+        while True:
+            try:
+                async for held in self._connection.stream("Replicas/HoldPoint", request, replicas.HoldPointResponse):
+                    if held.commit_id != self.commit_id:
+                        raise BlockferryError(
+                            Code.SOURCE_CHANGED,
+                            f"{self.uri} is another generation now",
+                            cause="the replica was deleted or restored, and synced anew",
+                            next="look at its recovery points, and begin again with one of them",
+                            volume=self.uri,
+                            expected=self.commit_id.hex(),
+                            found=held.commit_id.hex(),
+                        )
+                    told(None)
+            except BlockferryError as error:
+                if error.code is not Code.UNAVAILABLE:
+                    raise
+                told(error)
+            await asyncio.sleep(AGAIN_SECONDS)
 
     async def read_digests(
         self, piece_size: int, pieces: Sequence[Run], key: bytes, region_size: int

@@ -66,6 +66,11 @@ class Volume(abc.ABC):
     """Identity of an immutable snapshot; empty where the content may change."""
     identity: str = ""
     """Which device it is, whatever it is called today; empty where nobody can say."""
+    batches: bool = False
+    """Many reads, or many writes, in one call cost hardly more than one and wait for nothing but the device. Where one
+    of them may wait for something else, such as a network, they are better asked for one by one."""
+    contexts: Sequence[str] = ()
+    """What else it can tell of ranges, by names such as `blockferry:hydrated` (`status`)."""
 
     @abc.abstractmethod
     async def allocation(self, region_size: int) -> AllocationMap:
@@ -74,6 +79,11 @@ class Volume(abc.ABC):
     @abc.abstractmethod
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`. A short read is an error, never silently zeros."""
+
+    def read_now(self, offset: int, buffer: memoryview) -> bool:
+        """Fill `buffer` from `offset` if that takes no waiting at all, because it is in memory; else False, and
+        `buffer` may hold anything. Never blocks: an event loop may call it."""
+        return False
 
     async def read_many(self, extents: Sequence[tuple[int, memoryview]]) -> None:
         """Fill each (offset, buffer)."""
@@ -101,6 +111,14 @@ class Volume(abc.ABC):
     async def read_data_many(self, parts: Sequence[tuple[int, memoryview]]) -> list[list[tuple[int, int]]]:
         """`read_data_into` for each (offset, buffer)."""
         return [await self.read_data_into(offset, buffer) for offset, buffer in parts]
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """This range will soon be read: begin to fetch it, where that makes sense."""
+        return
+
+    async def status(self, context: str, offset: int, length: int) -> Sequence[tuple[int, int]]:
+        """Consecutive (length, flags) from `offset`, of one of `contexts`; they may end before the range does."""
+        raise NotImplementedError
 
     async def read_and_digest(
         self, parts: Sequence[tuple[int, memoryview]], piece_size: int, key: bytes, size: int
