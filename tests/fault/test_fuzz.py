@@ -223,8 +223,8 @@ def fuzzed(tmp_path: Path) -> Iterator[Server]:
     server.stop()
 
 
-CHANGES = re.compile(r'\b(\w+)\((?:AT_FDCWD(?:<[^>]*>)?, |\d+(?:<[^>]*>)?, )?"([^"]*)"(.*)')
-"""Of strace: a call and the first path it names."""
+CHANGES = re.compile(r'\b(\w+)\((?:AT_FDCWD(?:<[^>]*>)?, |\d+(?:<([^>]*)>)?, )?"([^"]*)"(.*)')
+"""Of strace: a call, the directory that is open if it names one, the first path it names, and the rest."""
 
 
 def strangers(trace: str, allowed: Callable[[str], bool]) -> list[str]:
@@ -234,7 +234,8 @@ def strangers(trace: str, allowed: Callable[[str], bool]) -> list[str]:
         match = CHANGES.search(line)
         if match is None:
             continue
-        name, path, rest = match[1], match[2], match[3]
+        # As shutil.rmtree does it: a name in a directory that is open.
+        name, path, rest = match[1], os.path.join(match[2] or "", match[3]), match[4]
         opens = name in ("open", "openat", "openat2")
         if (not opens or re.search(r"O_(CREAT|WRONLY|RDWR|TRUNC)", rest)) and not allowed(path):
             found.append(line)
@@ -251,7 +252,7 @@ def test_whatever_arrives(fuzzed: Server, tmp_path: Path) -> None:
         pytest.skip("strace is not installed")
     trace = tmp_path / "trace"
     tracer = subprocess.Popen(
-        ["strace", "-f", "-qq", "-s", "4096", "-o", trace, "-p", str(fuzzed.pid), "-e",
+        ["strace", "-f", "-y", "-qq", "-s", "4096", "-o", trace, "-p", str(fuzzed.pid), "-e",
          "trace=open,openat,openat2,creat,mkdir,mkdirat,unlink,unlinkat,rmdir,rename,renameat,renameat2,link,linkat,"
          "symlink,symlinkat,truncate,chmod,fchmodat,chown,mknod,mknodat"],
         stderr=subprocess.DEVNULL,
@@ -305,8 +306,12 @@ def test_the_trace_is_read_well() -> None:
         '12 openat(AT_FDCWD, "/etc/passwd", O_RDWR|O_CLOEXEC) = 3',
         '12 rename("/pool/a/x", "/pool/a/y") = 0',
         '12 unlink("/outside") = 0',
+        '12 unlinkat(23</pool/.deleted>, "image.raw", 0) = 0',
+        '12 unlinkat(23</etc>, "passwd", 0) = 0',
+        '12 unlinkat(23, "passwd", 0) = 0',
     ]
-    assert strangers("\n".join(lines), lambda path: path.startswith("/pool/")) == [lines[2], lines[4]]
+    found = strangers("\n".join(lines), lambda path: path.startswith("/pool/"))
+    assert found == [lines[2], lines[4], *lines[6:]]
 
 
 def test_messages_are_damaged() -> None:
