@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -173,14 +173,6 @@ class StagingLife:
 
 
 # --- the proof --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scratch() -> Iterator[Path]:
-    """A directory in memory, if there is one."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None, prefix="blockferry-") as directory:
-        yield Path(directory)
 
 
 @pytest.fixture(scope="module")

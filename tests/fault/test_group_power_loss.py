@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,13 +97,6 @@ def _newest(root: Path, name: str) -> int:
         return log.last_number
     finally:
         log.close()
-
-
-@pytest.fixture(scope="module")
-def scratch() -> Iterator[Path]:
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None, prefix="blockferry-") as directory:
-        yield Path(directory)
 
 
 @pytest.fixture(scope="module")

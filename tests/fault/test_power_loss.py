@@ -16,7 +16,7 @@ import itertools
 import os
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,14 +148,6 @@ def _at(number: int) -> Callable[[Operation], bool]:
     """Whether an operation is the one with this number."""
     numbers = itertools.count()
     return lambda operation: next(numbers) == number
-
-
-@pytest.fixture(scope="module")
-def scratch() -> Iterator[Path]:
-    """A directory in memory, if there is one: nothing here depends on what is below it."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None, prefix="blockferry-") as directory:
-        yield Path(directory)
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,10 @@ from blockferry.common.archive.format import ARCHIVE_BLOCK, Superblock
 from blockferry.common.archive.pins import Pinned
 from blockferry.common.archive.store import Access, ObjectStore, SnapshotName, open_store
 from blockferry.common.archive.walk import Damage, TreeReader
-from blockferry.common.digests import Data
 from blockferry.common.errors import BlockferryError, Code, first_of
 from blockferry.common.flow import ByteBudget
 from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Provenance
-from blockferry.common.volumes.volume import Volume
+from blockferry.common.volumes.volume import ReadOnlyVolume
 from pyroaring import BitMap
 
 BYTES_IN_FLIGHT = 64 * 1024 * 1024
@@ -39,8 +38,11 @@ Handler = Callable[[list[tuple[int, bytes]]], Awaitable[None]]
 """Takes blocks, (number, content), while the budget holds their bytes."""
 
 
-class SnapshotVolume(Volume):
+class SnapshotVolume(ReadOnlyVolume):
     """Open one with `SnapshotVolume.open`, or with `of` where the store is open already."""
+
+    kind = "an archived snapshot"
+    otherwise = "restore it, and write to what it was restored to"
 
     def __init__(
         self, uri: str, catalog: Catalog, log: Log, superblock: Superblock, pin: Pinned, store: ObjectStore | None
@@ -199,25 +201,6 @@ class SnapshotVolume(Volume):
     async def _range(self, one: Range[Entry], handle: Handler, damage: Damage | None) -> None:
         if found := await self.blocks.read(one, damage):
             await handle(found)
-
-    # --- nothing else -------------------------------------------------------------------------------------------------
-
-    async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
-        raise self._read_only()
-
-    async def unmap(self, extents: Sequence[tuple[int, int]]) -> int:
-        raise self._read_only()
-
-    def _read_only(self) -> BlockferryError:
-        return BlockferryError(
-            Code.READ_ONLY,
-            f"{self.uri} cannot be written",
-            cause="an archived snapshot never changes",
-            next="restore it, and write to what it was restored to",
-        )
-
-    async def flush(self) -> None:
-        """Nothing is ever written."""
 
     async def close(self) -> None:
         await self._pin.close()

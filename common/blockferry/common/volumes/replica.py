@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import NoReturn
 
 from blockferry.common.address import Address
-from blockferry.common.digests import Data, digest_size
+from blockferry.common.digests import digest_size
 from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Geometry, Run, runs_of
 from blockferry.common.rpc import Connection
 from blockferry.common.settings import Tls
-from blockferry.common.volumes.volume import Volume
+from blockferry.common.volumes.volume import ReadOnlyVolume
 from blockferry.common.wire import map_from_messages, runs_to_wire
 from blockferry.v1 import replicas_pb2 as replicas
 from blockferry.v1 import replication_pb2 as pb
@@ -22,8 +22,11 @@ AGAIN_SECONDS = 0.5
 """Between two attempts to reach a server that is away: it takes about that long to start."""
 
 
-class ReplicaVolume(Volume):
+class ReplicaVolume(ReadOnlyVolume):
     """One generation, pinned when it is opened: a later commit does not change what is read."""
+
+    kind = "a committed generation"
+    otherwise = "sync to the replica instead"
 
     def __init__(self, connection: Connection, point: pb.PointRef, found: AllocationMap, commit_id: bytes) -> None:
         self.uri = connection.address.uri
@@ -176,23 +179,6 @@ class ReplicaVolume(Volume):
         if len(joined) != sum(count for _, count in pieces) * digest_size(piece_size, region_size):
             raise _broken(self.uri, pieces[0][0] * piece_size)
         return joined, read
-
-    async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
-        raise self._read_only()
-
-    async def unmap(self, extents: Sequence[tuple[int, int]]) -> int:
-        raise self._read_only()
-
-    def _read_only(self) -> BlockferryError:
-        return BlockferryError(
-            Code.READ_ONLY,
-            f"{self.uri} cannot be written",
-            cause="a committed generation never changes",
-            next="sync to the replica instead",
-        )
-
-    async def flush(self) -> None:
-        """Nothing is ever written."""
 
     async def close(self) -> None:
         await self._connection.close()

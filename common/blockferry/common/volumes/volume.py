@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from blockferry.common.digests import Data, digest_size, digests_of_parts
+from blockferry.common.errors import BlockferryError, Code
 from blockferry.common.linux import Zeroing
 from blockferry.common.regions import BLOCK_SIZE, AllocationMap, Run, group_runs
 
@@ -202,6 +203,32 @@ class Volume(abc.ABC):
             read += sum(length for one in held for _, length in one)
             found.append(digests)
         return b"".join(found), read
+
+
+class ReadOnlyVolume(Volume):
+    """A volume that never changes."""
+
+    kind: str
+    """What it is, for people."""
+    otherwise: str
+    """What to write to."""
+
+    async def write(self, extents: Sequence[tuple[int, Data]]) -> None:
+        raise self._read_only()
+
+    async def unmap(self, extents: Sequence[tuple[int, int]]) -> int:
+        raise self._read_only()
+
+    def _read_only(self) -> BlockferryError:
+        return BlockferryError(
+            Code.READ_ONLY,
+            f"{self.uri} cannot be written",
+            cause=f"{self.kind} never changes",
+            next=self.otherwise,
+        )
+
+    async def flush(self) -> None:
+        """Nothing is ever written."""
 
 
 def parts_of(buffer: memoryview, extents: Iterable[tuple[int, int]], size: int) -> list[tuple[int, memoryview]]:
