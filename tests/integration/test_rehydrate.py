@@ -337,6 +337,10 @@ def test_a_snapshot_while_it_is_used(tmp_path: Path, xfs_pool_root: Path, replic
     assert disk.content() == expected
 
 
+def test_nothing_answers_where_no_disk_is_served(tmp_path: Path) -> None:
+    refused(run_cli("rehydration", "show", tmp_path), "no server answers there", "check that blockferry-rehydrate runs")
+
+
 def test_a_snapshot_needs_a_file_system_that_can(tmp_path: Path, ext4_pool_root: Path, replica: str) -> None:
     home = ext4_pool_root / tmp_path.name
     with rehydrating(home, replica, flags=["--bwlimit", "1"]) as disk:

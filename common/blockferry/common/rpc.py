@@ -127,7 +127,7 @@ def _utf8(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> BlockferryError:
+def from_rpc_error(error: grpc.aio.AioRpcError, address: str, program: str = "blockferry-server") -> BlockferryError:
     """The error the server meant; or, where it never answered, what happened to the connection."""
     answered = False
     for key, value in error.trailing_metadata() or ():
@@ -149,7 +149,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError, address: str) -> BlockferryError
                 Code.UNAVAILABLE,
                 f"lost the connection to {address}" if lost else f"cannot reach {address}",
                 cause="the server went away" if lost else "no server answers there",
-                next="check that blockferry-server runs there, then run this again",
+                next=f"check that {program} runs there, then run this again",
             )
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
             # gRPC's own words: a message that is larger than the receiver takes, or no room for another call.
@@ -452,11 +452,14 @@ def _material(address: Address, tls: Tls | None) -> Material:
 class Connection:
     """A channel to one server that counts serialized bytes and raises BlockferryError."""
 
-    def __init__(self, address: Address, *, insecure: bool = False, tls: Tls | None = None) -> None:
-        """`tls` is used exactly where the address asks for TLS. Raises UNSUPPORTED for plaintext to another machine,
-        and TLS where our own certificate cannot be used."""
+    def __init__(
+        self, address: Address, *, insecure: bool = False, tls: Tls | None = None, program: str = "blockferry-server"
+    ) -> None:
+        """`program` is what should answer there. `tls` is used exactly where the address asks for TLS. Raises
+        UNSUPPORTED for plaintext to another machine, and TLS where our own certificate cannot be used."""
         _refuse_plaintext(address, insecure)
         self.address = address
+        self._program = program
         self.sent = 0
         self.received = 0
         self._answered = False
@@ -491,7 +494,7 @@ class Connection:
         try:
             yield
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, self.address.uri) from error
+            raise from_rpc_error(error, self.address.uri, self._program) from error
 
     @contextlib.asynccontextmanager
     async def _explained(self) -> AsyncIterator[None]:

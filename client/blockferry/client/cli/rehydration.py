@@ -27,7 +27,8 @@ def _address(where: str) -> Address:
 @contextlib.asynccontextmanager
 async def _connected(arguments: argparse.Namespace) -> AsyncIterator[Connection]:
     """To the socket in a --state directory, or wherever else the address says."""
-    connection = Connection(_address(arguments.address), insecure=arguments.insecure, tls=arguments.tls)
+    address = _address(arguments.address)
+    connection = Connection(address, insecure=arguments.insecure, tls=arguments.tls, program="blockferry-rehydrate")
     try:
         yield connection
     finally:
